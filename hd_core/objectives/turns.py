@@ -1,0 +1,120 @@
+"""What an objective is: a value that says, turn by turn, which player moves and what it pays.
+
+An objective owns no network, optimiser, device or schedule. One iteration is a generator of turns. `hd_core.step`
+freezes everyone but the turn's player, evaluates the loss, moves the player, and sends the loss's ``carry`` back
+into the generator, so that a later turn can build on the state that an earlier one reached.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Protocol, Self, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hd_core.random import Draws
+from hd_core.types import Condition, FeatureMap, FlowMap, Grid, Images, Judge, PerSample, Velocity
+
+PlayerName = Literal["student", "fake_score", "discriminator"]
+Need = Literal["trajectories", "images", "features"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What one turn costs, before any reduction."""
+
+    losses: Mapping[str, PerSample]
+    """Loss terms by name, one number a row, already weighted."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Scalars worth watching that are not paid for; averaged over the global batch."""
+    carry: Tensor | None = None
+    """Sent back into the objective's generator; detached."""
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """The scalar to minimise: the sum of the terms, averaged over rows."""
+        return torch.stack([term.mean() for term in self.losses.values()]).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One player's move; ``terms`` is evaluated while every other player is frozen."""
+
+    player: PlayerName
+    terms: Callable[[], Terms]
+
+
+Turns = Generator[Turn, Tensor | None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """The networks that a turn may call. Which of the optional ones are there follows from the objective's players."""
+
+    teacher: Velocity
+    """The frozen, guided teacher."""
+    student: FlowMap
+    fake_score: Velocity | None = None
+    discriminator: Judge | None = None
+    features: FeatureMap | None = None
+    """Tapped features of the frozen teacher."""
+
+    @property
+    def fake(self) -> Velocity:
+        """The fake score; only objectives that declare it as a player may ask."""
+        return cast(Velocity, self.fake_score)
+
+    @property
+    def judge(self) -> Judge:
+        """The discriminator; only objectives that declare it as a player may ask."""
+        return cast(Judge, self.discriminator)
+
+    @property
+    def taps(self) -> FeatureMap:
+        """The teacher's features; only objectives that need them may ask."""
+        return cast(FeatureMap, self.features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This worker's rows of one global batch."""
+
+    noise: Images
+    """The state at the first time of the grid."""
+    condition: Condition
+    states: Float[Tensor, "b points c h w"] | None = None
+    """The teacher's dense trajectory from ``noise``, where the objective needs trajectories."""
+    grid: Grid | None = None
+    """Times of ``states``."""
+    images: Images | None = None
+    """Real data, where the objective needs images; independent of ``noise``."""
+    images_condition: Condition | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device; the grid stays where it is."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "grid"}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A distillation method. See `hd_core.objectives` for the known ones."""
+
+    @property
+    def players(self) -> tuple[PlayerName, ...]:
+        """Those that it trains, the student first."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its turns read besides noise and condition."""
+        ...
+
+    def sampling_grid(self) -> Grid:
+        """The times that its student samples at, from noise to data."""
+        ...
+
+    def turns(self, cast: Cast, batch: Batch, draws: Draws, step: int) -> Turns:
+        """The moves of one iteration."""
+        ...

@@ -1,0 +1,178 @@
+"""Training state and one iteration: which player moves, who is frozen meanwhile, and what is clipped and averaged."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hd_core.ema import update_ema, warmed_decay
+from hd_core.objectives.turns import Batch, Cast, Objective, PlayerName, Terms, Turn
+from hd_core.random import Draws
+
+Synchronise = Callable[[list[Tensor]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How one player moves (AdamW)."""
+
+    learning_rate: float = 5e-4
+    """Greatest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the first and second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_moves: int = 0
+    """Moves over which the rate rises linearly from 0."""
+    decay: Literal["constant", "cosine", "halfway"] = "constant"
+    """constant; cosine down to 0 at the end; or halfway: a tenth of the rate from half of the training on (SFD)."""
+    max_grad_norm: float = 0.0
+    """Clip the gradient to this norm; 0 leaves it."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive; given {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1); given {self.betas}")
+        if self.weight_decay < 0 or self.warmup_moves < 0 or self.max_grad_norm < 0:
+            raise ValueError("weight_decay, warmup_moves and max_grad_norm must not be negative")
+
+    def rate(self, move: int, progress: float) -> float:
+        """The learning rate at a player's move, ``progress`` of the training (0 to 1) being done."""
+        warm = min(1.0, (move + 1) / self.warmup_moves) if self.warmup_moves else 1.0
+        if self.decay == "cosine":
+            return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        late = self.decay == "halfway" and progress >= 0.5
+        return self.learning_rate * warm * (0.1 if late else 1.0)
+
+    def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
+        """AdamW over a network's parameters."""
+        return torch.optim.AdamW(
+            network.parameters(), self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(kw_only=True)
+class Player:
+    """A network that moves, and its optimiser."""
+
+    network: nn.Module
+    config: OptimizerConfig
+    moves: int = 0
+    optimizer: torch.optim.AdamW = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.config.optimizer(self.network)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.network.parameters())
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything that training changes."""
+
+    players: dict[PlayerName, Player]
+    average: nn.Module
+    """Exponential moving average of the student, which is what gets sampled."""
+    ema_decay: float
+    step: int = 0
+
+    def state_dict(self) -> dict[str, object]:
+        """Networks, optimisers, average and counters, as plain containers of tensors and numbers."""
+        players = {
+            name: {
+                "network": player.network.state_dict(),
+                "optimizer": player.optimizer.state_dict(),
+                "moves": player.moves,
+            }
+            for name, player in self.players.items()
+        }
+        return {"players": players, "average": self.average.state_dict(), "step": self.step}
+
+
+def train_step(
+    state: TrainState,
+    objective: Objective,
+    cast: Cast,
+    batch: Batch,
+    draws: Draws,
+    *,
+    progress: float,
+    synchronise: Synchronise = lambda _: None,
+) -> dict[str, Tensor]:
+    """One iteration: every turn of the objective, then the average.
+
+    Args:
+        progress: share of the training that is done, which sets the learning rates.
+        synchronise: averages a list of tensors over workers, in place; nothing where there is one worker.
+
+    Returns:
+        Detached scalars by name, of this worker's rows: loss terms, metrics and gradient norms.
+    """
+    logged: dict[str, Tensor] = {}
+    turns = objective.turns(cast, batch, draws, state.step)
+    carry: Tensor | None = None
+    try:
+        while True:
+            turn = turns.send(carry)
+            terms = _move(state.players, turn, progress, synchronise, logged)
+            carry = terms.carry
+    except StopIteration:
+        pass
+    update_ema(state.average, state.players["student"].network, warmed_decay(state.ema_decay, state.step))
+    state.step += 1
+    return logged
+
+
+def _move(
+    players: Mapping[PlayerName, Player],
+    turn: Turn,
+    progress: float,
+    synchronise: Synchronise,
+    logged: dict[str, Tensor],
+) -> Terms:
+    player = players[turn.player]
+    with only(player.network, [other.network for other in players.values()]):
+        terms = turn.terms()
+        player.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()  # pyright: ignore[reportUnknownMemberType]
+    gradients = [p.grad for p in player.parameters if p.grad is not None]
+    synchronise(gradients)
+    logged[f"gradient_norm/{turn.player}"] = _clip(gradients, player.config.max_grad_norm)
+    for group in player.optimizer.param_groups:
+        group["lr"] = player.config.rate(player.moves, progress)
+    player.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+    player.moves += 1
+    logged |= {f"loss/{name}": loss.detach().mean() for name, loss in terms.losses.items()}
+    logged |= dict(terms.metrics)
+    return terms
+
+
+def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    return norm
+
+
+@contextmanager
+def only(moving: nn.Module, everyone: Iterable[nn.Module]):
+    """Freeze all networks but one: no gradients into them, and no spectral-norm iteration.
+
+    Afterwards all are as they were, so that what an objective does between turns is the same at every step.
+    """
+    networks = [(network, network.training) for network in everyone]
+    for network, _ in networks:
+        network.requires_grad_(network is moving).train(network is moving)
+    try:
+        yield
+    finally:
+        for network, training in networks:
+            network.requires_grad_(True).train(training)

@@ -1,0 +1,183 @@
+"""Files that are whole or absent, and how a result remembers what made it.
+
+Every artifact has a manifest: its inputs, their fingerprint, and the hash of each file. Equal fingerprint: reuse it.
+Other fingerprint: refuse, and name the inputs that differ. Unreadable file: make it again, and say so.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+Inputs = Mapping[str, Any]
+
+
+def fingerprint(value: object) -> str:
+    """Hash of a JSON value, the same for equal values on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(item, f"{name}.") if isinstance(item, Mapping) and item else {name: item}
+    return flat
+
+
+def differences(made_with: Inputs, wanted: Inputs) -> list[str]:
+    """The fields that differ, each as ``field: is OLD there, NEW here``."""
+    old, new = flatten(made_with), flatten(wanted)
+    absent = "not set"
+    return [
+        f"{key}: {_short(old.get(key, absent))} there, {_short(new.get(key, absent))} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:24]}...{text[-8:]}"
+
+
+def ensure_same(what: str, made_with: Inputs, wanted: Inputs) -> None:
+    """Refuse an artifact that was made from other inputs, naming them.
+
+    Raises:
+        ValueError: the inputs differ.
+    """
+    differing = differences(made_with, json.loads(json.dumps(wanted)))
+    if differing:
+        raise ValueError(f"{what} was made from other inputs: {'; '.join(differing)}. Use another --run-dir")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; what was written there takes its place, whole and durable, at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # unlike mkstemp's, open to whom the umask lets
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; ``None`` where there is none.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to have it made again") from None
+
+
+class RunDir:
+    """Where one run keeps everything it makes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Make the directory, and see that it can be written.
+
+        Raises:
+            ValueError: it cannot be made or written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"run directory {path} cannot be written: {error.strerror}. Choose another with --run-dir"
+            ) from None
+        return cls(path)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe that made this directory."""
+        return self.path / "recipe.json"
+
+    @property
+    def state(self) -> Path:
+        """Tracker run id and the seconds spent in each phase."""
+        return self.path / "run.json"
+
+    @property
+    def trajectories(self) -> Path:
+        """Teacher trajectories: shards and manifest."""
+        return self.path / "trajectories"
+
+    @property
+    def images(self) -> Path:
+        """Real training images: shards and manifest."""
+        return self.path / "images"
+
+    @property
+    def evaluation(self) -> Path:
+        """Figures of each generator, and the pictures of its first samples."""
+        return self.path / "evaluate"
+
+    def stage(self, name: str) -> Path:
+        """Checkpoints, curve and final weights of one stage."""
+        return self.path / "stages" / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory against a second driver; the system lets go of it when the holder dies.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise ValueError(
+                    f"run directory {self.path} is in use by process {holder}; wait for it, or use --run-dir"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield

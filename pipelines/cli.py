@@ -1,0 +1,206 @@
+"""The command line. Every command is thin: it loads a recipe, calls one function, and explains a user's mistake."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.recipe import Recipe
+    from pipelines.run import Run
+
+_RUN_DIR = "Directory that everything is kept in. [default: runs/NAME]"
+
+
+class _Commands(click.Group):
+    """Turns a user's mistake, a `ValueError`, into its message and exit code 2; anything else stays a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nstopped. The same command goes on from the last checkpoint.", err=True)
+            sys.exit(130)
+        except FloatingPointError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except ValueError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            click.echo(
+                f"error: {error.strerror}{where}. Nothing finished is lost: run the same command again", err=True
+            )
+            sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="hdistill", prog_name="hdistill")
+def main() -> None:
+    """Distil a slow diffusion or flow model into a generator of one to five steps, and measure what was lost.
+
+    Start with `hdistill run digits`: it needs no GPU, no account and no network, and takes minutes.
+
+    RECIPE is the name of a recipe that ships with the package (`hdistill recipes` lists them), or the path of a YAML
+    file of your own.
+    """
+
+
+def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument RECIPE and the options that every command on a recipe takes."""
+
+    @click.argument("recipe")
+    @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one field; may be repeated.")
+    @click.option("--run-dir", type=click.Path(path_type=Path), help=_RUN_DIR)
+    @functools.wraps(command)
+    def wrapped(recipe: str, settings: tuple[str, ...], run_dir: Path | None, **options: Any) -> None:
+        from pipelines import recipe as recipes
+
+        loaded = recipes.load(recipe, settings)
+        command(recipe=loaded, run_dir=run_dir or Path("runs") / loaded.name, **options)
+
+    return wrapped
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _open(recipe: "Recipe", run_dir: Path) -> "Run":
+    from pipelines.artifacts import RunDir
+    from pipelines.process import prepare_process
+    from pipelines.run import Run
+
+    prepare_process()
+    return Run(recipe, RunDir.create(run_dir), _console())
+
+
+@main.command()
+@_with_recipe
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe, the plan and its cost; do nothing.")
+def run(recipe: "Recipe", run_dir: Path, dry_run: bool) -> None:
+    """Do everything that RECIPE says: precompute, train each stage, evaluate, report.
+
+    What is finished in the run directory is reused; what was interrupted goes on from its last checkpoint.
+    """
+    if dry_run:
+        from pipelines.plan import print_plan
+
+        print_plan(recipe, run_dir, _console())
+        return
+    from pipelines.report import print_table
+    from pipelines.run import process_started
+
+    job = _open(recipe, run_dir)
+    job.say(f"[bold]{recipe.name}[/] in {run_dir}")
+    report = job.execute(process_started())
+    print_table(report, job.console, run_dir=run_dir)
+
+
+@main.command()
+@_with_recipe
+def precompute(recipe: "Recipe", run_dir: Path) -> None:
+    """Only make the teacher trajectories (and image shards) of RECIPE."""
+    _open(recipe, run_dir).partial(lambda job: job.prepare_shards())
+
+
+@main.command()
+@_with_recipe
+@click.option("--stage", "stages", multiple=True, help="Train only this stage and those it starts from; repeatable.")
+def train(recipe: "Recipe", run_dir: Path, stages: tuple[str, ...]) -> None:
+    """Only train the stages of RECIPE, making the trajectories first where they are missing."""
+    _open(recipe, run_dir).partial(lambda job: job.train_stages(stages))
+
+
+@main.command()
+@_with_recipe
+def evaluate(recipe: "Recipe", run_dir: Path) -> None:
+    """Only measure what is trained in the run directory, and the teacher, and report."""
+    from pipelines.report import print_table
+
+    job = _open(recipe, run_dir)
+    report = job.partial(lambda job: job.report(job.evaluate()))
+    print_table(report, job.console, run_dir=run_dir)
+
+
+@main.command()
+@_with_recipe
+@click.option("--stage", required=True, help="The trained stage to sample.")
+@click.option("--num", default=64, show_default=True, help="How many pictures.")
+@click.option("--label", type=int, help="Class of all of them. [default: drawn for each]")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noises and labels.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
+def sample(recipe: "Recipe", run_dir: Path, stage: str, num: int, label: int | None, seed: int, out: Path) -> None:
+    """Draw pictures from a trained stage: one PNG each, and a sheet of all."""
+    from pipelines.sample import draw
+
+    job = _open(recipe, run_dir)
+    draw(job, stage, num=num, label=label, seed=seed, out=out)
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def report(run_dir: Path) -> None:
+    """Print the table of RUN_DIR again, and rebuild its pictures and report.html."""
+    from pipelines.report import print_table, rebuild
+
+    print_table(rebuild(run_dir), _console(), run_dir=run_dir)
+
+
+@main.command()
+@click.option("--store", default="runs/mlflow.db", show_default=True, help="The tracking store of the run directories.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
+@click.option("--port", default=5000, show_default=True, help="Port to serve on.")
+def ui(store: str, host: str, port: int) -> None:
+    """Serve the MLflow page on which runs are compared, until Ctrl-C.
+
+    MLFLOW_TRACKING_URI, where it is set, comes before --store.
+    """
+    from pipelines import tracking
+
+    uri = tracking.tracking_uri(tracking.TrackConfig(), Path(store))
+    tracking.ui(uri, host, port)
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes that ship with the package, or print the file of one."""
+    from pipelines import recipe
+
+    if name:
+        click.echo(recipe.find(name).read_text(), nl=False)
+        return
+    for known, path in recipe.names().items():
+        click.echo(f"{known:<16} {recipe.header(path).splitlines()[0]}")
+
+
+@main.group()
+def assets() -> None:
+    """The embedded teacher and feature net."""
+
+
+@assets.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write. [default: into the package itself]")
+@click.option("--seed", default=0, show_default=True)
+def build(out: Path | None, seed: int) -> None:
+    """Train the embedded digits teacher and feature net again: under 15 minutes on two cores."""
+    from pipelines import assets as embedded
+    from pipelines.process import prepare_process
+
+    prepare_process()
+    embedded.build(out or embedded.ASSETS, embedded.BuildConfig(seed=seed), _console())
+
+
+if __name__ == "__main__":
+    main()

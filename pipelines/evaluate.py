@@ -1,0 +1,260 @@
+"""What a generator is worth: samples at fixed noises, features, mergeable statistics, and the metrics of them.
+
+Samples stream block by block; a sample's noise and label come from its id alone, so every generator answers to the
+same noises, and the result is the same however the blocks are spread.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hd_core.metrics.frechet import frechet_distance
+from hd_core.metrics.prdc import precision_recall
+from hd_core.metrics.statistics import Moments, merge_in_order
+from hd_core.networks.student import FlowMapStudent
+from hd_core.objectives.sfd import afs_velocity
+from hd_core.paths import jump
+from hd_core.random import fold_in, sample_labels, sample_noise
+from hd_core.solvers import SOLVERS, last
+from hd_core.times import GridConfig, custom
+from hd_core.types import Condition, FlowMap, Grid, Images
+from pipelines.artifacts import atomic_path, ensure_same, read_json, write_json
+from pipelines.checkpoints import load_weights
+from pipelines.data import DataSplits, to_uint8
+from pipelines.features import Extractor, FeatureName
+from pipelines.report import Row
+from pipelines.teachers import Teacher
+
+FLOW_MAP = "flow_map"
+Sampler = Callable[[Images, Condition], Images]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured of every generator."""
+
+    num_samples: int = 5000
+    """Samples behind each FID."""
+    batch_size: int = 500
+    """Samples drawn at once."""
+    features: FeatureName = "digits"
+    """Feature net; its name stands beside every metric."""
+    neighbours: int = 5
+    """Neighbours that set the radii of precision and recall."""
+    solvers: dict[str, tuple[int, ...]] = field(
+        default_factory=lambda: {"euler": (1, 2, 4, 8, 32), "dpmpp_3m": (1, 2, 4, 5, 8, 32)}
+    )
+    """Solver steps at which the teacher is measured."""
+    grid: GridConfig = field(default_factory=GridConfig)
+    """How the teacher's times are spread."""
+    pictures: int = 80
+    """Samples of each generator that are kept as pictures."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2 or self.batch_size < 1 or self.neighbours < 1 or self.pictures < 1:
+            raise ValueError("num_samples must be at least 2; batch_size, neighbours and pictures at least 1")
+        for solver, steps in self.solvers.items():
+            if solver not in SOLVERS:
+                raise ValueError(f"solvers: {solver!r} is not one of {', '.join(SOLVERS)}")
+            if not steps or min(steps) < 1:
+                raise ValueError(f"solvers.{solver}: step counts must be at least 1; given {list(steps)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """Something to be measured."""
+
+    label: str
+    """What the report calls it."""
+    stage: str
+    """The stage that trained it; empty for the teacher."""
+    solver: str
+    """The teacher's solver; ``flow_map`` for a student."""
+    grid: tuple[float, ...]
+    """Times from noise to data."""
+    calls_per_image: int
+    """Network calls, both branches of guidance counted."""
+    train_seconds: float
+    """Seconds of the stages that made it."""
+    identity: str
+    """Fingerprint of the network: of its weights and of what it is."""
+    weights: str = ""
+    """The student's weights; empty for the teacher."""
+    afs: bool = False
+    """Whether the first step is analytical."""
+
+    @property
+    def key(self) -> str:
+        """A file name of its own."""
+        return f"{self.stage or self.label}-{self.solver}-{self.calls_per_image}"
+
+
+def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale: float) -> Iterator[Generator]:
+    """The teacher at every solver and step count that is asked for."""
+    branches = 1 if guidance_scale == 1 else 2
+    for solver, counts in config.solvers.items():
+        for steps in counts:
+            yield Generator(
+                label="teacher",
+                stage="",
+                solver=solver,
+                grid=tuple(config.grid.times(steps).tolist()),
+                calls_per_image=steps * SOLVERS[solver].calls_per_step * branches,
+                train_seconds=0.0,
+                identity=f"{teacher.fingerprint}@{guidance_scale:g}",
+            )
+
+
+@torch.no_grad()
+def walk(student: FlowMap, grid: Grid, afs: bool, x: Images, condition: Condition) -> Images:
+    """A student's samples: one jump for each interval of its grid."""
+    for n, (t, r) in enumerate(zip(grid, grid[1:], strict=False)):
+        t_, r_ = t.expand(len(x)), r.expand(len(x))
+        u = afs_velocity(x, t_) if afs and n == 0 else student(x, t_.to(x), r_.to(x), condition)
+        x = jump(x, u, t_, r_)
+    return x
+
+
+def make_sampler(generator: Generator, teacher: Teacher, guidance_scale: float) -> Sampler:
+    """From noise at the grid's first time to images."""
+    grid = custom(generator.grid)
+    if generator.solver == FLOW_MAP:
+        student = FlowMapStudent(copy.deepcopy(teacher.backbone))
+        load_weights(Path(generator.weights), student)
+        student.to(teacher.device)
+        return partial(walk, student.eval().requires_grad_(False), grid, generator.afs)
+    velocity, states = teacher.velocity(guidance_scale), SOLVERS[generator.solver].states
+    return torch.no_grad()(lambda x, condition: last(states(velocity, x, grid, condition)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Real images that nothing was trained on, as features."""
+
+    features: np.ndarray
+    moments: Moments
+    real_fid: float
+    """FID of the real training images against these: what a perfect generator would get."""
+    halves_fid: float
+    """FID of one half of the reference against the other."""
+
+    @classmethod
+    def of(cls, splits: DataSplits, extractor: Extractor) -> "Reference":
+        """Features and statistics of the held-out images, and how far real images are from them."""
+        features = extractor(splits.reference.images)
+        half = len(features) // 2
+        moments = Moments.of(features)
+        return cls(
+            features=features,
+            moments=moments,
+            real_fid=frechet_distance(Moments.of(extractor(splits.train.images)), moments),
+            halves_fid=frechet_distance(Moments.of(features[:half]), Moments.of(features[half:])),
+        )
+
+
+class Evaluator:
+    """Measures generators of one teacher against one reference."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        teacher: Teacher,
+        guidance_scale: float,
+        reference: Reference,
+        extractor: Extractor,
+        splits_fingerprint: str,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.config, self.teacher, self.guidance_scale = config, teacher, guidance_scale
+        self.reference, self.extractor, self.folder, self.seed = reference, extractor, folder, seed
+        self._against = {"reference": splits_fingerprint, "feature_net": extractor.fingerprint}
+
+    def inputs(self, generator: Generator) -> dict[str, Any]:
+        """All that determines a generator's row."""
+        settings = {"num_samples": self.config.num_samples, "neighbours": self.config.neighbours}
+        grid = {"grid": list(generator.grid), "solver": generator.solver, "afs": generator.afs}
+        pictures = {"pictures": self.config.pictures, "seed": self.seed, "identity": generator.identity}
+        return {**settings, **grid, **pictures, **self._against}
+
+    def finished(self, generator: Generator) -> Row | None:
+        """The row of a generator that was measured before.
+
+        Raises:
+            ValueError: it was measured with other inputs.
+        """
+        stored = read_json(self.folder / f"{generator.key}.json")
+        if stored is None or not (self.folder / stored["row"]["samples"]).is_file():
+            return None
+        ensure_same(f"evaluation {generator.key}", stored["inputs"], self.inputs(generator))
+        return Row(**stored["row"])
+
+    def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
+        """Sample, extract, compare; the row and the first pictures are kept."""
+        sampler = make_sampler(generator, self.teacher, self.guidance_scale)
+        moments, features, pictures, seconds = [], [], [], 0.0
+        for ids in self._blocks():
+            started = time.perf_counter()
+            images = to_uint8(self._sample(sampler, generator, ids))
+            seconds += time.perf_counter() - started
+            features.append(self.extractor(images))
+            moments.append(Moments.of(features[-1]))
+            pictures.append(images[: max(0, self.config.pictures - ids.start)])
+            progress(len(ids))
+        all_features = np.concatenate(features)
+        quality = precision_recall(self.reference.features, all_features, neighbours=self.config.neighbours)
+        row = Row(
+            generator=generator.label,
+            stage=generator.stage,
+            solver=generator.solver,
+            nfe=generator.calls_per_image,
+            num_samples=len(all_features),
+            fid=frechet_distance(merge_in_order(moments), self.reference.moments),
+            fid_features=self.extractor.name,
+            precision=quality.precision,
+            recall=quality.recall,
+            images_per_second=len(all_features) / seconds,
+            gflops_per_image=self.flops(sampler, generator) / 1e9,
+            train_seconds=generator.train_seconds,
+            samples=f"{generator.key}.npz",
+        )
+        self._keep(generator, row, np.concatenate(pictures))
+        return row
+
+    def _blocks(self) -> Iterator[range]:
+        total, size = self.config.num_samples, self.config.batch_size
+        return (range(start, min(total, start + size)) for start in range(0, total, size))
+
+    def _sample(self, sampler: Sampler, generator: Generator, ids: range) -> Tensor:
+        noise = sample_noise(evaluation_seed(self.seed), ids, self.teacher.shape).to(self.teacher.device)
+        return sampler(generator.grid[0] * noise, Condition(labels=self._labels(ids)).to(self.teacher.device))
+
+    def _labels(self, ids: range) -> Tensor:
+        return sample_labels(evaluation_seed(self.seed), ids, max(1, self.teacher.num_classes))
+
+    def flops(self, sampler: Sampler, generator: Generator) -> float:
+        """Floating-point operations for one image; a multiply and its add are two."""
+        with FlopCounterMode(display=False) as counter:
+            self._sample(sampler, generator, range(1))
+        return float(counter.get_total_flops())
+
+    def _keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
+        labels = self._labels(range(len(pictures))).numpy()
+        with atomic_path(self.folder / row.samples) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, images=pictures, labels=labels)
+        stored = {"inputs": self.inputs(generator), "row": asdict(row)}
+        write_json(self.folder / f"{generator.key}.json", stored)
+
+
+def evaluation_seed(seed: int) -> int:
+    """Seed of the evaluation's noises and labels, apart from those of training."""
+    return fold_in(seed, "evaluate")

@@ -1,0 +1,109 @@
+"""What a run would do: the resolved recipe, what would be reused, and the cost in network calls and bytes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.artifacts import RunDir
+from pipelines.recipe import Recipe, to_yaml
+from pipelines.run import Run, check_recipe
+from pipelines.train import StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One line of the plan."""
+
+    phase: str
+    reused: str
+    """What is there already: all, a part, or nothing."""
+    calls: int
+    """Forward passes of a network over one row; a backward pass counts as two more."""
+    bytes: int
+    """Bytes that are written and kept."""
+    what: str
+
+
+def print_plan(recipe: Recipe, run_dir: Path, console: Console) -> None:
+    """Print the resolved recipe and the plan; nothing is written.
+
+    Raises:
+        ValueError: the directory belongs to another recipe.
+    """
+    console.print(to_yaml(recipe), markup=False, highlight=False)
+    table = Table("Phase", "Reused", "Network calls", "Bytes kept", "What", title=f"{recipe.name} in {run_dir}")
+    items = list(plan(recipe, run_dir))
+    for item in items:
+        table.add_row(item.phase, item.reused, f"{item.calls:,}", f"{item.bytes:,}", item.what)
+    console.print(table)
+    console.print(f"in all: {sum(i.calls for i in items):,} network calls, {sum(i.bytes for i in items):,} bytes kept")
+
+
+def plan(recipe: Recipe, run_dir: Path) -> Iterator[Item]:
+    """The phases of a run in order."""
+    directory = RunDir(run_dir)
+    check_recipe(directory, recipe)
+    job = Run(recipe, directory, Console(quiet=True))
+    if recipe.needs_trajectories:
+        yield _precompute(job)
+    for name in recipe.stages:
+        yield _stage(job, name)
+    yield _evaluation(job)
+
+
+def _precompute(job: Run) -> Item:
+    shards, config = job.trajectories, job.recipe.precompute
+    left = sum(len(shards.spec.ids(index)) for index in shards.missing)
+    branches = 1 if job.recipe.teacher.guidance_scale == 1 else 2
+    return Item(
+        phase="precompute",
+        reused=_share(shards.spec.rows - left, shards.spec.rows),
+        calls=left * config.calls_per_sample * branches,
+        bytes=shards.spec.bytes,
+        what=f"{config.num_samples:,} trajectories of {config.intervals} steps, {config.solver}",
+    )
+
+
+def _stage(job: Run, name: str) -> Item:
+    stage, weights = job.recipe.stages[name], sum(p.numel() for p in job.teacher.backbone.parameters())
+    done = job.job(name).finished() is not None
+    return Item(
+        phase=name,
+        reused="all" if done else "-",
+        calls=0 if done else stage.num_steps * stage.batch_size * calls_per_row(stage),
+        bytes=4 * weights,
+        what=f"{stage.objective.name} from {stage.start}, {stage.num_steps} steps of {stage.batch_size}",
+    )
+
+
+def calls_per_row(stage: StageConfig) -> int:
+    """Passes of one iteration over a row, to the nearest whole; a backward pass counts as two forward ones."""
+    objective = stage.objective
+    if objective.name == "mean_velocity":
+        return 3
+    if objective.name == "sfd":
+        return 3 * (objective.intervals - objective.afs)
+    judged = 1 if objective.adversarial.weight else 0
+    generator = 3 + 2 + 3 * judged
+    return round(1 + 3 + 2 * judged + generator / objective.update_ratio)
+
+
+def _evaluation(job: Run) -> Item:
+    recipe = job.recipe
+    counts = [generator.calls_per_image for generator in job.generators()]
+    stored = [job.dir.evaluation / f"{generator.key}.json" for generator in job.generators()]
+    missing = [count for count, path in zip(counts, stored, strict=True) if not path.is_file()]
+    return Item(
+        phase="evaluate",
+        reused=_share(len(counts) - len(missing), len(counts)),
+        calls=sum(missing) * recipe.evaluate.num_samples,
+        bytes=len(counts) * recipe.evaluate.pictures * 3 * job.teacher.shape[1] * job.teacher.shape[2],
+        what=f"{len(counts)} generators, {recipe.evaluate.num_samples:,} samples each",
+    )
+
+
+def _share(done: int, total: int) -> str:
+    return "all" if done == total else f"{done:,} of {total:,}" if done else "-"

@@ -1,0 +1,321 @@
+"""The recipe: one frozen tree of dataclasses that says everything a run does, and the one road to change it.
+
+The parts stand next to the code that they configure; this module puts them together, reads YAML, applies overrides
+and explains mistakes. Nothing else imports pydantic or yaml.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from hd_core.objectives.mean_velocity import MeanVelocity
+from hd_core.objectives.sfd import SFD
+from hd_core.times import nested_positions
+from pipelines.artifacts import fingerprint
+from pipelines.data import DataConfig
+from pipelines.evaluate import EvaluateConfig
+from pipelines.precompute import PrecomputeConfig
+from pipelines.teachers import TeacherConfig
+from pipelines.tracking import TrackConfig
+from pipelines.train import StageConfig, TrainConfig
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that one run does."""
+
+    name: str
+    """What the run is called in directories and in the tracker."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The slow model that is distilled."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Real images: reference statistics, and what a discriminator compares with."""
+    precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
+    """The teacher trajectories, made once."""
+    stages: dict[str, StageConfig]
+    """What is trained, in order; each stage names what it starts from."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How training is spread over workers."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """What is measured."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Where it is recorded."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be a plain name; given {self.name!r}")
+        earlier = [TEACHER]
+        for name, stage in self.stages.items():
+            if not name.isidentifier() or name == TEACHER:
+                raise ValueError(f"stages.{name}: a stage's name is letters, digits and underscores, and not 'teacher'")
+            if stage.start not in earlier:
+                raise ValueError(f"stages.{name}.start: {stage.start!r} is not one of {', '.join(earlier)}")
+            self._check_trajectories(name, stage)
+            earlier.append(name)
+
+    def _check_trajectories(self, name: str, stage: StageConfig) -> None:
+        grid = self.precompute.grid
+        if isinstance(stage.objective, MeanVelocity) and (grid.t_max, grid.t_min) != (1, 0):
+            raise ValueError(f"stages.{name}: mean_velocity needs precompute.grid from t_max 1 to t_min 0")
+        if isinstance(stage.objective, SFD):
+            try:
+                nested_positions(self.precompute.intervals, stage.objective.intervals)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}.objective.intervals: {error} (precompute.intervals)") from None
+            if stage.objective.grid != grid:
+                raise ValueError(f"stages.{name}.objective.grid must equal precompute.grid, whose points it uses")
+
+    @property
+    def needs_trajectories(self) -> bool:
+        """Whether any stage reads teacher trajectories."""
+        return any("trajectories" in stage.objective.needs for stage in self.stages.values())
+
+    def require_stage(self, name: str) -> None:
+        """Raises ValueError where there is no stage of that name."""
+        if name not in self.stages:
+            near = _nearest(name, self.stages)
+            raise ValueError(f"there is no stage {name!r}{near}. Stages: {', '.join(self.stages)}")
+
+    def chain(self, name: str) -> list[str]:
+        """The stages that lead to one, itself last."""
+        start = self.stages[name].start
+        return [*([] if start == TEACHER else self.chain(start)), name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that JSON and Ray can carry."""
+        return _ADAPTER.dump_python(self, mode="json")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that may change a result."""
+        return fingerprint(determining(self.to_dict()))
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+_FREE = (
+    "name",
+    "track",
+    "train.num_workers",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+    "train.resident_bytes",
+    "train.max_failures",
+    "precompute.num_actors",
+    "precompute.cpus_per_actor",
+    "precompute.gpus_per_actor",
+    "precompute.batch_size",
+    "evaluate.batch_size",
+)
+"""Fields that say how and where, not what: changing them changes no result."""
+
+
+def determining(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's plain form without the fields that change no result."""
+
+    def strip(part: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        kept = {key: item for key, item in part.items() if f"{prefix}{key}" not in _FREE}
+        return {k: strip(v, f"{prefix}{k}.") if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+    return strip(values, "")
+
+
+def from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Decode and check a recipe.
+
+    Raises:
+        ValueError: a line for each mistake, saying which field, what was given and what is allowed.
+    """
+    try:
+        return _ADAPTER.validate_python(dict(values), extra="forbid")
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(dict(entry), values) for entry in error.errors())
+        raise ValueError("\n".join(f"{source}: {line}" for line in lines if line)) from None
+
+
+def load(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name (`hdistill recipes` lists them) or a file, with ``key=value`` settings applied.
+
+    Raises:
+        ValueError: there is no such recipe, or it or a setting is wrong.
+    """
+    path = find(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(_field_names(Recipe))}")
+    recipe = from_dict({"name": path.stem, **values}, str(name_or_path))
+    return override(recipe, dict(parse_setting(setting) for setting in settings))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as a YAML file."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+
+
+def names() -> dict[str, Path]:
+    """The recipes that come with the package."""
+    folder = Path(str(resources.files("pipelines"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known, path = names(), Path(name_or_path)
+    if name_or_path in known:
+        return known[name_or_path]
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise ValueError(f"recipe file {path} does not exist")
+    raise ValueError(
+        f"unknown recipe {name_or_path!r}{_nearest(name_or_path, known)}. Known: {', '.join(known)}; "
+        "a recipe of your own is named by its path, ending in .yaml"
+    )
+
+
+def header(path: Path) -> str:
+    """The comment that opens a recipe file."""
+    lines = path.read_text().splitlines()
+    body = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:body])
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """``key=value`` with the value read as YAML.
+
+    Raises:
+        ValueError: there is no ``=``, or the value is not YAML.
+    """
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set takes key=value, such as seed=1; given {setting!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key.strip()}: {value!r} is not a YAML value") from None
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields changed, by dotted key; the one road for ``--set`` and for tuning trials.
+
+    Raises:
+        ValueError: a key does not exist (the nearest is named), or a value is not allowed.
+    """
+    if not changes:
+        return recipe
+    values = recipe.to_dict()
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        inner = values
+        for depth, part in enumerate(parents):
+            inner = _step_into(inner, part, ".".join(parents[:depth]))
+        if not isinstance(inner, dict) or last not in inner:
+            raise ValueError(f"unknown key {key!r}{_nearest(last, inner)}. {_allowed('.'.join(parents), inner)}")
+        inner[last] = value
+    return from_dict(values)
+
+
+def _step_into(inner: Any, part: str, path: str) -> Any:
+    if not isinstance(inner, dict) or part not in inner:
+        raise ValueError(f"unknown key {part!r}{_nearest(part, inner)}. {_allowed(path, inner)}")
+    return inner[part]
+
+
+def _allowed(path: str, inner: Any) -> str:
+    if not isinstance(inner, Mapping):
+        return f"{path} is a single value"
+    return f"Keys {'of ' + path if path else 'at the top'}: {', '.join(inner)}"
+
+
+def _nearest(given: str, known: Any) -> str:
+    near = difflib.get_close_matches(given, list(known), 1, 0.5) if isinstance(known, Mapping | list) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _explain(error: dict[str, Any], values: Mapping[str, Any]) -> str | None:
+    """One line for a mistake; ``None`` for one that only says that another member of a union does not fit either."""
+    try:
+        keys, owner = _locate(error["loc"], values)
+    except _WrongName as wrong:
+        return str(wrong)
+    if not keys and error["loc"]:
+        return None
+    where = ".".join(keys)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        allowed = _field_names(owner)
+        return f"{where}: unknown key{_nearest(keys[-1], allowed)}. Keys here: {', '.join(allowed)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where}: required"
+    if error["type"] in ("dataclass_type", "dict_type"):
+        return f"{where}: must be a mapping; given {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = f"; given {error['input']!r}" if error["type"] != "value_error" else ""
+    return f"{where}: {message}{given}" if where else message
+
+
+class _WrongName(Exception):
+    """A mapping that names none of a union's members."""
+
+
+def _locate(location: Sequence[str | int], values: Mapping[str, Any]) -> tuple[list[str], Any]:
+    """The dotted key of an error and the dataclass that holds its last part; no key if another member is meant."""
+    keys: list[str] = []
+    owner, inner, given = Recipe, Recipe, values
+    for part in location:
+        members = _members(inner)
+        if part in members:
+            if _chosen(given, members, keys) is not members[part]:
+                return [], owner
+            inner = members[part]
+            continue
+        keys.append(str(part))
+        owner, inner = inner, _child(inner, str(part))
+        given = given.get(str(part), {}) if isinstance(given, Mapping) else {}
+    return keys, owner
+
+
+def _members(kind: Any) -> dict[str | int, Any]:
+    """The dataclasses of a union, by the tag that pydantic gives each in an error's location."""
+    found: list[Any] = [member for member in typing.get_args(kind) if dataclasses.is_dataclass(member)]
+    return {member.__name__: member for member in found}
+
+
+def _chosen(given: Any, members: Mapping[str | int, Any], keys: list[str]) -> Any:
+    by_name = {member.name: member for member in members.values()}
+    if not isinstance(given, Mapping) or given.get("name") not in by_name:
+        name = given.get("name") if isinstance(given, Mapping) else given
+        raise _WrongName(f"{'.'.join(keys)}.name: must be one of {', '.join(by_name)}; given {name!r}")
+    return by_name[given["name"]]
+
+
+def _child(kind: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind).get(key)
+    if typing.get_origin(kind) is dict:
+        return typing.get_args(kind)[1]
+    members = [m for m in typing.get_args(kind) if m is not types.NoneType]
+    return members[0] if len(members) == 1 else None
+
+
+def _field_names(kind: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

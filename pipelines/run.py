@@ -1,0 +1,460 @@
+"""The main job: precompute, train the stages, evaluate, report; each part reused where it is finished already."""
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from hd_core.objectives.sfd import SFD
+from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
+from pipelines.data import DataSplits, load_images
+from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
+from pipelines.features import Extractor, load_extractor
+from pipelines.precompute import precompute, trajectory_spec
+from pipelines.process import available_cpus, default_device
+from pipelines.progress import bar
+from pipelines.recipe import TEACHER, Recipe, determining
+from pipelines.report import Phase, Report, Row, write_report
+from pipelines.shards import ShardSet, ShardSetSpec, write_shard
+from pipelines.teachers import Teacher, load_teacher
+from pipelines.tracking import NoopTracker, Tracker, attach, open_tracker
+from pipelines.train import Curve, StageJob, Watch, stage_inputs, train_stage
+
+IMAGE_SHARD_ROWS = 4096
+T = TypeVar("T")
+
+
+class Run:
+    """One recipe in one run directory."""
+
+    def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console) -> None:
+        self.recipe, self.dir, self.console = recipe, run_dir, console
+        self.phases: list[Phase] = []
+        self.tracker: Tracker = NoopTracker()
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return load_teacher(self.recipe.teacher).to(default_device())
+
+    @cached_property
+    def splits(self) -> DataSplits:
+        splits = load_images(self.recipe.data)
+        if splits.train.shape != self.teacher.shape:
+            raise ValueError(
+                f"data holds images of (channels, height, width) {splits.train.shape}, and the teacher makes"
+                f" {self.teacher.shape}: set data.image_size and data.channels, or choose another teacher"
+            )
+        return splits
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        return load_extractor(self.recipe.evaluate.features)
+
+    @cached_property
+    def trajectories(self) -> ShardSet:
+        recipe = self.recipe
+        spec = trajectory_spec(recipe.precompute, recipe.teacher, self.teacher, recipe.seed)
+        return ShardSet.open(self.dir.trajectories, spec)
+
+    @cached_property
+    def images(self) -> ShardSet:
+        train = self.splits.train
+        spec = ShardSetSpec(
+            kind="images",
+            rows=len(train),
+            shard_rows=IMAGE_SHARD_ROWS,
+            dtype="uint8",
+            shape=train.images.shape[1:],
+            inputs={"data": self.splits.fingerprint},
+            details={"layout": ["height", "width", "channel"]},
+        )
+        return ShardSet.open(self.dir.images, spec)
+
+    # Stages
+
+    def job(self, name: str) -> StageJob:
+        """What a worker needs to train a stage."""
+        recipe, stage = self.recipe, self.recipe.stages[name]
+        needs = stage.objective.needs
+        upstream = {"start": self._start_identity(name)}
+        if "trajectories" in needs:
+            upstream["trajectories"] = self.trajectories.spec.fingerprint
+        if "images" in needs:
+            upstream["images"] = self.images.spec.fingerprint
+        upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{recipe.teacher.guidance_scale:g}"}
+        return StageJob(
+            name=name,
+            stage=stage,
+            train=recipe.train,
+            teacher=recipe.teacher,
+            seed=recipe.seed,
+            folder=str(self.dir.stage(name).resolve()),
+            start_weights="" if stage.start == TEACHER else str(self._weights(stage.start)),
+            trajectories=self.trajectories if "trajectories" in needs else None,
+            images=self.images if "images" in needs else None,
+            inputs=stage_inputs(stage, recipe.train, upstream, recipe.seed, name),
+        )
+
+    def _start_identity(self, name: str) -> str:
+        """What a stage starts from, as an identity that is known before that exists."""
+        start = self.recipe.stages[name].start
+        return "teacher" if start == TEACHER else fingerprint(self.job(start).inputs)
+
+    def _weights(self, name: str) -> Path:
+        return (self.dir.stage(name) / "student.safetensors").resolve()
+
+    # Generators
+
+    def generators(self) -> list[Generator]:
+        """All that the report has a row for, in order."""
+        recipe = self.recipe
+        from_teacher = teacher_generators(recipe.evaluate, self.teacher, recipe.teacher.guidance_scale)
+        return [*from_teacher, *(self.student(name) for name in recipe.stages)]
+
+    def student(self, name: str) -> Generator:
+        """A trained stage as a generator."""
+        stage = self.recipe.stages[name]
+        grid = tuple(stage.objective.sampling_grid().tolist())
+        afs = isinstance(stage.objective, SFD) and stage.objective.afs
+        manifests = [read_json(self.dir.stage(link) / "stage.json") for link in self.recipe.chain(name)]
+        return Generator(
+            label=stage.label or name,
+            stage=name,
+            solver=FLOW_MAP,
+            grid=grid,
+            calls_per_image=len(grid) - 1 - afs,
+            train_seconds=sum(manifest["train_seconds"] for manifest in manifests if manifest),
+            identity=manifests[-1]["sha256"] if manifests[-1] else "",
+            weights=str(self._weights(name)),
+            afs=afs,
+        )
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference.of(self.splits, self.extractor)
+
+    def evaluator(self) -> Evaluator:
+        """Measures this run's generators."""
+        return Evaluator(
+            self.recipe.evaluate,
+            self.teacher,
+            self.recipe.teacher.guidance_scale,
+            self.reference,
+            self.extractor,
+            self.splits.fingerprint,
+            self.recipe.seed,
+            self.dir.evaluation,
+        )
+
+    # Phases
+
+    def execute(self, started: float) -> Report:
+        """Do everything that is not done; ``started`` is when the process began, in `time.time` seconds."""
+        with self.dir.locked():
+            self._claim()
+            self._open_tracker()
+            try:
+                self._start(started)
+                self.train_stages(())
+                rows = self.evaluate()
+                report = self.report(rows)
+                self.tracker.finish("FINISHED")
+            except BaseException as error:
+                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+            return report
+
+    def partial(self, work: "Callable[[Run], T]") -> "T":
+        """Do one part of the job under the directory's lock, recorded as the same run."""
+        with self.dir.locked():
+            self._claim()
+            self._open_tracker()
+            try:
+                result = work(self)
+            finally:
+                self.tracker.flush()
+        return result
+
+    def train_stages(self, names: Sequence[str]) -> None:
+        """Shards, then some stages and all that they start from; every stage where none is named.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        for name in names:
+            self.recipe.require_stage(name)
+        wanted = {link for name in names or self.recipe.stages for link in self.recipe.chain(name)}
+        self.prepare_shards()
+        for name in self.recipe.stages:
+            if name in wanted:
+                self.train(name)
+
+    def _claim(self) -> None:
+        """See that the directory is this recipe's, and make it so if it is nobody's."""
+        check_recipe(self.dir, self.recipe)
+        write_json(self.dir.recipe, self.recipe.to_dict())
+
+    def _open_tracker(self) -> None:
+        state = read_json(self.dir.state) or {}
+        recipe = self.recipe
+        self.tracker = open_tracker(
+            recipe.track,
+            recipe_name=recipe.name,
+            run_name=self.dir.path.name,
+            run_dir=self.dir.path,
+            default_store=default_store(self.dir),
+            resume_run_id=state.get("run_id"),
+            tags={"recipe": recipe.name, "fingerprint": recipe.fingerprint, "hdistill": version("hdistill")},
+        )
+        self.tracker.params(recipe.to_dict())
+        write_json(self.dir.state, {**state, "run_id": self.tracker.run_id})
+
+    def _start(self, started: float) -> None:
+        _ = self.teacher, self.splits, self.extractor
+        self._record("start", time.time() - started, reused=False)
+
+    def prepare_shards(self) -> None:
+        """Real images and teacher trajectories, as far as any stage reads them."""
+        if any("images" in stage.objective.needs for stage in self.recipe.stages.values()):
+            self._write_images()
+        if not self.recipe.needs_trajectories:
+            return
+        with self.phase("precompute") as phase:
+            for file in self.trajectories.damaged():
+                self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
+            phase.reused = self.trajectories.complete
+            if not phase.reused:
+                self._precompute()
+
+    def _write_images(self) -> None:
+        shards, train = self.images, self.splits.train
+        shards.damaged()
+        for index in shards.missing:
+            ids = shards.spec.ids(index)
+            part = slice(ids.start, ids.stop)
+            shards.commit(write_shard(shards.folder, shards.spec, index, train.labels[part], train.images[part]))
+
+    def _precompute(self) -> None:
+        shards, recipe = self.trajectories, self.recipe
+        done = sum(shard.rows for shard in shards.shards)
+        if done:
+            self.say(f"precompute: {done:,} of {shards.spec.rows:,} trajectories are there; making the rest")
+        with bar(self.console, "teacher trajectories", shards.spec.rows) as show:
+            counter = _Counter(done, show)
+            show(done)
+            precompute(shards, recipe.precompute, recipe.teacher, recipe.seed, counter.add)
+        if not recipe.train.num_workers and not self._streams():
+            stop_ray()
+
+    def _streams(self) -> bool:
+        return self.trajectories.spec.bytes > self.recipe.train.resident_bytes
+
+    def train(self, name: str) -> None:
+        """Train one stage, or find it trained."""
+        job = self.job(name)
+        with self.phase(name) as phase:
+            phase.reused = job.finished() is not None
+            if phase.reused:
+                return
+            if job.manifest.is_file():
+                self.say(
+                    f"[yellow]{job.weights} is missing or damaged (its hash does not fit): training {name} again[/]"
+                )
+            tracker = self.tracker.child(name, {"stage": name, "fingerprint": fingerprint(job.inputs)})
+            tracker.params(self.recipe.to_dict()["stages"][name])
+            with bar(self.console, f"train {name}", job.stage.num_steps) as show:
+                if job.train.num_workers:
+                    self._train_remotely(job, tracker, show)
+                else:
+                    watch = Watch(progress=show, logged=partial(_log, tracker), note=self.say)
+                    train_stage(job, lambda: watch)
+            tracker.artifact(job.weights, "model")
+            tracker.finish("FINISHED")
+
+    def _train_remotely(self, job: StageJob, tracker: Tracker, show: Callable[[int], None]) -> None:
+        remote = RemoteWatch(self.recipe.track, tracker.run_id, self.dir.path.resolve(), default_store(self.dir))
+        done = threading.Event()
+        follower = threading.Thread(target=_follow, args=(job.curve, show, done), daemon=True)
+        follower.start()
+        try:
+            train_stage(job, remote)
+        finally:
+            done.set()
+            follower.join()
+
+    def evaluate(self) -> list[Row]:
+        """A row for each generator.
+
+        Raises:
+            ValueError: a stage is not trained yet.
+        """
+        for name in self.recipe.stages:
+            if self.job(name).finished() is None:
+                raise ValueError(f"stage {name} is not trained in {self.dir.path}: run `hdistill train` first")
+        evaluator = self.evaluator()
+        rows: list[Row] = []
+        with self.phase("evaluate") as phase:
+            generators = self.generators()
+            found = [evaluator.finished(generator) for generator in generators]
+            phase.reused = all(found)
+            with bar(self.console, "evaluate", len(generators) * self.recipe.evaluate.num_samples) as show:
+                counter = _Counter(0, show)
+                for generator, row in zip(generators, found, strict=True):
+                    if row is None:
+                        row = evaluator.measure(generator, counter.add)
+                        self._log_row(row)
+                    rows.append(row)
+        return rows
+
+    def _log_row(self, row: Row) -> None:
+        name = f"{row.stage or row.generator}_{row.solver}"
+        metrics = {f"fid_{row.fid_features}": row.fid, "precision": row.precision, "recall": row.recall}
+        self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
+
+    def report(self, rows: list[Row]) -> Report:
+        """Write report.json, report.html and the pictures."""
+        with self.phase("report"):
+            report = self._write_report(rows)
+            figures = self.dir.path / "figures"
+            for picture in sorted(figures.glob("*.png")):
+                self.tracker.figure(picture.stem, picture)
+            for name in ("report.json", "report.html"):
+                self.tracker.artifact(self.dir.path / name)
+            self.tracker.flush()
+        return report
+
+    def _write_report(self, rows: list[Row]) -> Report:
+        reference = {
+            "real_fid": self.reference.real_fid,
+            "halves_fid": self.reference.halves_fid,
+            "num_reference": len(self.splits.reference),
+            "fid_features": self.extractor.name,
+        }
+        report = Report(
+            recipe=self.recipe.to_dict(),
+            fingerprint=self.recipe.fingerprint,
+            rows=rows,
+            phases=self.phases,
+            reference=reference,
+            environment=environment(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_report(report, self.dir.path)
+        return report
+
+    # Saying what happens
+
+    @contextmanager
+    def phase(self, name: str) -> "Iterator[_Phase]":
+        """Time a part of the run and say that it is done, or was before."""
+        phase, started = _Phase(), time.perf_counter()
+        yield phase
+        self._record(name, time.perf_counter() - started, reused=phase.reused)
+
+    def _record(self, name: str, seconds: float, *, reused: bool) -> None:
+        self.phases.append(Phase(name=name, wall_seconds=seconds, reused=reused))
+        how = "[dim]reused[/]" if reused else f"{seconds:.1f} s"
+        self.say(f"  {name:<12} {how}")
+
+    def say(self, text: str) -> None:
+        """One line to the person who watches."""
+        self.console.print(text, highlight=False)
+
+
+@dataclass
+class _Phase:
+    reused: bool = False
+
+
+class _Counter:
+    def __init__(self, done: int, show: Callable[[int], None]) -> None:
+        self._done, self._show = done, show
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._show(self._done)
+
+
+@dataclass(frozen=True)
+class RemoteWatch:
+    """Makes the `Watch` of a first worker in another process: it logs to the tracker's run by itself."""
+
+    config: Any
+    run_id: str
+    run_dir: Path
+    store: Path
+
+    def __call__(self) -> Watch:
+        tracker = attach(self.config, run_id=self.run_id, run_dir=self.run_dir, default_store=self.store)
+        return Watch(logged=partial(_log, tracker))
+
+
+def _log(tracker: Tracker, step: int, values: dict[str, float]) -> None:
+    tracker.metrics(values, step)
+
+
+def _follow(curve: Path, show: Callable[[int], None], done: threading.Event) -> None:
+    """Show a remote worker's progress from the curve that it writes."""
+    while not done.wait(1.0):
+        lines = Curve.read(curve)
+        if lines:
+            show(int(lines[-1]["step"]))
+
+
+def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
+    """Refuse a directory that another recipe made.
+
+    Raises:
+        ValueError: it names the fields that differ.
+    """
+    made_with = read_json(run_dir.recipe)
+    differing = differences(determining(made_with), determining(recipe.to_dict())) if made_with else []
+    if differing:
+        raise ValueError(
+            f"{run_dir.path} was made by another recipe ({'; '.join(differing)}). Use another --run-dir, or go back to"
+            " its settings; nothing was changed"
+        )
+
+
+def default_store(run_dir: RunDir) -> Path:
+    """The sqlite file for tracking, shared by the run directories beside this one."""
+    return run_dir.path.resolve().parent / "mlflow.db"
+
+
+def stop_ray() -> None:
+    """Give the cores back, if this process started or joined a cluster."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report."""
+    packages = ("hdistill", "torch", "ray", "diffusers", "pyarrow", "clean-fid", "mlflow", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "cpus": available_cpus(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def process_started() -> float:
+    """When this process began, in `time.time` seconds; now, where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()

@@ -1,0 +1,1 @@
+"""Declarations of searches; nothing here runs anything."""
