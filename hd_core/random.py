@@ -17,7 +17,7 @@ from hd_core.types import PerSample
 
 def fold_in(seed: int, *tags: int | str) -> int:
     """A new 63-bit seed from a seed and what it is for. Equal arguments give equal seeds, on every machine."""
-    text = "/".join([str(seed), *(f"{type(tag).__name__}:{tag}" for tag in tags)])
+    text = "/".join([str(seed), *(f"str:{tag}" if isinstance(tag, str) else f"int:{int(tag)}" for tag in tags)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -51,9 +51,10 @@ class SFD:
         return self.grid.times(self.intervals)
 
     def turns(self, cast: Cast, batch: Batch, draws: Draws, step: int) -> Turns:
-        assert batch.states is not None
+        assert batch.states is not None and batch.grid is not None
         x, times = batch.states[:, 0], self.sampling_grid()
         positions = nested_positions(batch.states.shape[1] - 1, self.intervals)
+        assert torch.allclose(batch.grid[positions], times), "the stored trajectories have other times"
         for n, (t, r) in enumerate(zip(times, times[1:], strict=False)):
             t_, r_ = t.expand(len(x)), r.expand(len(x))
             if self.afs and n == 0:

@@ -283,10 +283,15 @@ class TestAWD:
             head.key.weight.copy_(torch.eye(4))  # pyright: ignore
             head.key.bias.zero_()  # pyright: ignore
             head.query.copy_(torch.tensor([[1.0, 0.5], [-2.0, 1.0]]))
-        _, weights = head(tokens)
+        logit, weights = head(tokens)
+        values, pooled = F.leaky_relu(head.value(tokens[0]), 0.2), list[Tensor]()
         for h, query in enumerate(head.query):
-            scores = tokens[0][:, 2 * h : 2 * h + 2] @ query / math.sqrt(2)
-            torch.testing.assert_close(weights[0, h], scores.softmax(0), rtol=1e-12, atol=0)
+            share = slice(2 * h, 2 * h + 2)
+            expected = (tokens[0][:, share] @ query / math.sqrt(2)).softmax(0)
+            torch.testing.assert_close(weights[0, h], expected, rtol=1e-12, atol=0)
+            pooled.append(expected @ values[:, share])
+        verdict = head.logit(F.leaky_relu(head.hidden(torch.cat(pooled)), 0.2))
+        torch.testing.assert_close(logit, verdict, rtol=1e-10, atol=1e-12)
 
     def test_spectral_norm_bounds_every_linear_layer(self):
         torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -487,6 +488,37 @@ class TestDMD:
         turn = next(self.PLAIN.turns(cast, noise_batch(40, *SHAPE), draws_of(slice(0, 40), 40), 0))
         assert turn.player == "fake_score"
         assert turn.terms().total < 1e-20  # squared rounding, divided by the square of t
+
+    def test_the_discriminator_pays_for_calling_real_fake_and_not_for_the_truth(self):
+        """Data at +10, samples at -10, and a judge that reads off the mean: noised to t = 0.35 it says about +-6."""
+        objective = DMD(update_ratio=1, adversarial=Adversarial(time_std=0.0))
+        batch = noise_batch(20, *SHAPE)
+        condition = batch.condition
+        batch = replace(batch, images=10 + points(20, *SHAPE, seed=1), images_condition=condition)
+
+        for sign, loss, accurate in ((1, 0.0, 1.0), (-1, 1 + 10 * (1 - torch.sigmoid(torch.tensor(-0.6)).item()), 0.0)):
+
+            def judge(features: list[Tensor], sign: int = sign) -> Judgement:
+                logits = sign * features[0].mean((1, 2))[:, None]
+                return Judgement(logits=logits, weights=torch.full((len(logits), 1, 1, 4), 0.25))
+
+            cast = cast_with(
+                Generator(-10.0, 1.0),
+                fake_score=GAUSSIAN,
+                discriminator=judge,
+                features=lambda x_t, t, condition: [x_t.flatten(1)[:, :, None]],
+            )
+            turns = objective.turns(cast, batch, draws_of(slice(0, 20), 20), 0)
+            next(turns)
+            turn = turns.send(None)
+            assert turn.player == "discriminator"
+            terms = turn.terms()
+            # A mean of 40 verdicts, each the mean of four pixels with a spread of about 0.75.
+            assert terms.total.item() == pytest.approx(loss, abs=4 * 0.75 / 2 / 40**0.5)
+            assert terms.metrics["accuracy_real"] == terms.metrics["accuracy_fake"] == accurate
+            assert sign * terms.metrics["real_logit"] > 5
+            assert sign * terms.metrics["fake_logit"] < -5
+            assert terms.metrics["token_entropy"].item() == pytest.approx(1.0, rel=1e-6)
 
     @pytest.mark.parametrize("weight", [0.0, 0.1])
     def test_the_generator_moves_every_kth_step(self, weight: float):

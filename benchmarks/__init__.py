@@ -1,0 +1,1 @@
+"""One file a claim: ``python -m benchmarks.NAME [--quick]`` prints a table and, last, one JSON line with its figures."""
