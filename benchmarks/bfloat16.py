@@ -21,13 +21,18 @@ from pipelines.run import Run
 from pipelines.shards import write_shard
 
 STAGES = ("sketch", "refine")
-QUICK = ("precompute.num_samples=256", "evaluate.num_samples=500", "stages.sketch.num_steps=30", "stages.refine.num_steps=20")
+QUICK = (
+    "precompute.num_samples=256",
+    "evaluate.num_samples=500",
+    "stages.sketch.num_steps=30",
+    "stages.refine.num_steps=20",
+)
 
 
 def prepare(settings: tuple[str, ...], autocast: str, folder: Path) -> Run:
     """A run whose trajectories are there."""
-    from pipelines.precompute import noise_seed, solve
     from hd_core.random import sample_labels
+    from pipelines.precompute import noise_seed, solve
 
     recipe = recipes.load("digits", ["track.enabled=false", f"train.autocast={autocast}", *settings])
     run = Run(recipe, RunDir.create(folder), Console(quiet=True))

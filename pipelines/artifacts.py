@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -50,8 +51,13 @@ def differences(made_with: Inputs, wanted: Inputs) -> list[str]:
     ]
 
 
+def as_text(value: object) -> str:
+    """A value as YAML has it: text as it is, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = as_text(value)
     return text if len(text) <= 40 else f"{text[:24]}...{text[-8:]}"
 
 
@@ -73,15 +79,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # unlike mkstemp's, open to whom the umask lets
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_directory(path: Path) -> None:
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that becomes it, whole and durable, at the end.
+
+    Raises:
+        ValueError: ``folder`` exists already, and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; it is not overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        temporary.replace(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -139,7 +167,7 @@ class RunDir:
 
     @property
     def state(self) -> Path:
-        """Tracker run id and the seconds spent in each phase."""
+        """The tracker's run id."""
         return self.path / "run.json"
 
     @property
@@ -180,4 +208,7 @@ class RunDir:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)

@@ -37,25 +37,23 @@ class BatchPlan:
     """Shards whose rows are shuffled together; more shuffle better and need more memory."""
 
     def __post_init__(self) -> None:
-        if min(map(sum, self._spans())) < self.batch_size:
+        smallest = sorted(self.shard_sizes)[: self.window_shards]
+        if sum(smallest) < self.batch_size:  # some epoch's first window might give no batch
             raise ValueError(
-                f"a batch of {self.batch_size} rows does not fit into the {sum(self.shard_sizes)} rows that there are"
-                f" (shuffled {self.window_shards} shards at a time): choose a smaller batch_size, or more samples"
+                f"a batch of {self.batch_size} rows does not fit into {sum(smallest)} rows (of"
+                f" {sum(self.shard_sizes)}, {self.window_shards} shards are shuffled at a time): choose a smaller"
+                " batch_size, or more samples"
             )
 
-    def _spans(self) -> list[tuple[int, ...]]:
-        sizes, width = sorted(self.shard_sizes), self.window_shards
-        return [tuple(sizes[i : i + width]) for i in range(0, len(sizes), width)]
-
     def windows(self, first_step: int = 0) -> Iterator[Window]:
-        """Windows without end, from the one that holds a step's batch."""
+        """Windows without end, from the one that holds a step's batch; one that fills no batch is left out."""
         step, epoch = 0, 0
         while True:
             order = permutation(self.seed, len(self.shard_sizes), "shards", epoch).tolist()
             for number, start in enumerate(range(0, len(order), self.window_shards)):
                 window = Window(epoch=epoch, number=number, shards=tuple(order[start : start + self.window_shards]))
                 batches = sum(self.shard_sizes[i] for i in window.shards) // self.batch_size
-                if step + batches > first_step:
+                if batches and step + batches > first_step:
                     skip = max(0, first_step - step)
                     yield Window(epoch=epoch, number=number, shards=window.shards, skip=skip)
                 step += batches

@@ -61,14 +61,23 @@ def load_latest(folder: Path, state: TrainState, inputs: Inputs) -> list[str]:
     damaged: list[str] = []
     for about_path in sorted(folder.glob("step-*.json"), reverse=True):
         path = about_path.with_suffix(".safetensors")
-        about = read_json(about_path)
-        if not path.is_file() or file_hash(path) != about["sha256"]:
+        about = _whole(about_path, path)
+        if about is None:
             damaged.append(path.name)
             continue
         ensure_same(f"checkpoint {path}", about["inputs"], inputs)
         _restore(state, load_file(path), about)
         return damaged
     return damaged
+
+
+def _whole(about_path: Path, path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, if both of its files are as they were written."""
+    try:
+        about = read_json(about_path)
+        return about if file_hash(path) == about["sha256"] else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
 
 
 def latest_step(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """The command line. Every command is thin: it loads a recipe, calls one function, and explains a user's mistake."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except OSError as error:
-            if error.strerror is None:
+            if error.strerror is None or error.errno == errno.EPIPE:  # a closed pipe is click's to end quietly
                 raise
             where = f" ({error.filename})" if error.filename else ""
             click.echo(
@@ -139,13 +140,16 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 @click.option("--num", default=64, show_default=True, help="How many pictures.")
 @click.option("--label", type=int, help="Class of all of them. [default: drawn for each]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noises and labels.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("samples"), show_default=True, help="Where to.")
 def sample(recipe: "Recipe", run_dir: Path, stage: str, num: int, label: int | None, seed: int, out: Path) -> None:
     """Draw pictures from a trained stage: one PNG each, and a sheet of all."""
+    from pipelines.artifacts import RunDir
+    from pipelines.process import prepare_process
+    from pipelines.run import Run
     from pipelines.sample import draw
 
-    job = _open(recipe, run_dir)
-    draw(job, stage, num=num, label=label, seed=seed, out=out)
+    prepare_process()
+    draw(Run(recipe, RunDir(run_dir), _console()), stage, num=num, label=label, seed=seed, out=out)
 
 
 @main.command()
@@ -166,10 +170,10 @@ def ui(store: str, host: str, port: int) -> None:
 
     MLFLOW_TRACKING_URI, where it is set, comes before --store.
     """
-    from pipelines import tracking
+    from pipelines.stores import TrackConfig, tracking_uri
+    from pipelines.ui import ui as serve
 
-    uri = tracking.tracking_uri(tracking.TrackConfig(), Path(store))
-    tracking.ui(uri, host, port)
+    serve(tracking_uri(TrackConfig(), Path(store)), host, port)
 
 
 @main.command()
@@ -192,7 +196,7 @@ def assets() -> None:
 
 @assets.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write. [default: into the package itself]")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the training.")
 def build(out: Path | None, seed: int) -> None:
     """Train the embedded digits teacher and feature net again: under 15 minutes on two cores."""
     from pipelines import assets as embedded

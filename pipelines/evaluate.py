@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hd_core.metrics.frechet import frechet_distance
@@ -62,11 +63,15 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.batch_size < 1 or self.neighbours < 1 or self.pictures < 1:
             raise ValueError("num_samples must be at least 2; batch_size, neighbours and pictures at least 1")
+        if self.neighbours >= self.num_samples:
+            raise ValueError(f"neighbours must be below num_samples; given {self.neighbours} and {self.num_samples}")
         for solver, steps in self.solvers.items():
             if solver not in SOLVERS:
                 raise ValueError(f"solvers: {solver!r} is not one of {', '.join(SOLVERS)}")
             if not steps or min(steps) < 1:
                 raise ValueError(f"solvers.{solver}: step counts must be at least 1; given {list(steps)}")
+            if len(set(steps)) < len(steps):
+                raise ValueError(f"solvers.{solver}: each step count once; given {list(steps)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +192,7 @@ class Evaluator:
         return {**settings, **grid, **pictures, **self._against}
 
     def finished(self, generator: Generator) -> Row | None:
-        """The row of a generator that was measured before.
+        """The row of a generator that was measured before; ``None`` too where its weights were made again since.
 
         Raises:
             ValueError: it was measured with other inputs.
@@ -195,8 +200,12 @@ class Evaluator:
         stored = read_json(self.folder / f"{generator.key}.json")
         if stored is None or not (self.folder / stored["row"]["samples"]).is_file():
             return None
-        ensure_same(f"evaluation {generator.key}", stored["inputs"], self.inputs(generator))
-        return Row(**stored["row"])
+        made_with, inputs = stored["inputs"], self.inputs(generator)
+        retrained = bool(generator.weights) and made_with["identity"] != generator.identity
+        if retrained:  # its weights were lost and made again, and differ in the last bits: so shall its row be
+            made_with = {**made_with, "identity": generator.identity}
+        ensure_same(f"evaluation {generator.key}", made_with, inputs)
+        return None if retrained else Row(**stored["row"])
 
     def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
         """Sample, extract, compare; the row and the first pictures are kept."""
@@ -243,7 +252,8 @@ class Evaluator:
 
     def flops(self, sampler: Sampler, generator: Generator) -> float:
         """Floating-point operations for one image; a multiply and its add are two."""
-        with FlopCounterMode(display=False) as counter:
+        # The counter does not know the fused attention of CPUs: the plain one is counted on every device.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self._sample(sampler, generator, range(1))
         return float(counter.get_total_flops())
 

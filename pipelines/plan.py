@@ -1,5 +1,6 @@
 """What a run would do: the resolved recipe, what would be reused, and the cost in network calls and bytes."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hd_core.networks.student import FlowMapStudent
 from pipelines.artifacts import RunDir
 from pipelines.recipe import Recipe, to_yaml
 from pipelines.run import Run, check_recipe
+from pipelines.teachers import Teacher
 from pipelines.train import StageConfig
 
 
@@ -68,15 +71,20 @@ def _precompute(job: Run) -> Item:
 
 
 def _stage(job: Run, name: str) -> Item:
-    stage, weights = job.recipe.stages[name], sum(p.numel() for p in job.teacher.backbone.parameters())
+    stage = job.recipe.stages[name]
     done = job.job(name).finished() is not None
     return Item(
         phase=name,
         reused="all" if done else "-",
         calls=0 if done else stage.num_steps * stage.batch_size * calls_per_row(stage),
-        bytes=4 * weights,
+        bytes=4 * _student_parameters(job.teacher),
         what=f"{stage.objective.name} from {stage.start}, {stage.num_steps} steps of {stage.batch_size}",
     )
+
+
+def _student_parameters(teacher: Teacher) -> int:
+    student = FlowMapStudent(copy.deepcopy(teacher.backbone))
+    return sum(parameter.numel() for parameter in student.parameters())
 
 
 def calls_per_row(stage: StageConfig) -> int:

@@ -93,7 +93,11 @@ def trajectory_spec(
 def solve(
     teacher: Teacher, config: PrecomputeConfig, guidance_scale: float, seed: int, ids: range, labels: torch.Tensor
 ) -> np.ndarray:
-    """The trajectories of some samples, ``(len(ids), points, c, h, w)`` in the stored dtype."""
+    """The trajectories of some samples, ``(len(ids), points, c, h, w)`` in the stored dtype.
+
+    Raises:
+        ValueError: a state is not finite, or does not fit into the stored dtype.
+    """
     grid, solver = config.grid.times(config.intervals), SOLVERS[config.solver]
     velocity, device = teacher.velocity(guidance_scale), teacher.device
     parts: list[np.ndarray] = []
@@ -102,8 +106,17 @@ def solve(
         x = grid[0].item() * sample_noise(noise_seed(seed), some, teacher.shape)
         condition = Condition(labels=labels[start : start + config.batch_size])
         states = trajectory(solver.states(velocity, x.to(device), grid, condition.to(device)))
+        if not states.abs().amax() <= np.finfo(config.dtype).max:
+            raise ValueError(_unfit(states, some, config.dtype))
         parts.append(states.cpu().numpy().astype(config.dtype))
     return np.concatenate(parts)
+
+
+def _unfit(states: torch.Tensor, ids: range, dtype: str) -> str:
+    where = f"the teacher's trajectories of samples {ids.start} to {ids.stop - 1}"
+    if not states.isfinite().all():
+        return f"{where} are not finite: check the teacher, its solver and its guidance_scale"
+    return f"{where} lie outside the range of {dtype}: set precompute.dtype=float32"
 
 
 def noise_seed(seed: int) -> int:
@@ -123,17 +136,28 @@ class ShardWorker:
         self._scale, self._teacher = teacher.guidance_scale, load_teacher(teacher).to(device)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """The shard; or the mistake, as a value: a raised one would arrive wrapped into Ray's, without its cause."""
+        try:
+            return {"made": [self._commit(block)]}
+        except (ValueError, OSError) as error:
+            return {"made": [error]}
+
+    def _commit(self, block: dict[str, np.ndarray]) -> Shard:
         index = int(block["sample_id"][0]) // self._spec.shard_rows
         ids, labels = self._spec.ids(index), torch.from_numpy(block["label"].copy())
         states = solve(self._teacher, self._config, self._scale, self._seed, ids, labels)
-        shard = write_shard(self._folder, self._spec, index, block["label"], states)
-        return {key: [value] for key, value in asdict(shard).items()}
+        return write_shard(self._folder, self._spec, index, block["label"], states)
 
 
 def precompute(
     shards: ShardSet, config: PrecomputeConfig, teacher: TeacherConfig, seed: int, progress: Progress
 ) -> None:
-    """Make the missing shards with Ray Data; ``progress`` is told of rows as their shard is committed."""
+    """Make the missing shards with Ray Data; ``progress`` is told of rows as their shard is committed.
+
+    Raises:
+        ValueError: the actors do not fit into the cluster, or the teacher's states into their dtype.
+        OSError: a shard cannot be written.
+    """
     for shard in _made(shards, config, teacher, seed):
         shards.commit(shard)
         progress(shard.rows)
@@ -146,7 +170,7 @@ def _made(shards: ShardSet, config: PrecomputeConfig, teacher: TeacherConfig, se
 
     missing = shards.missing
     num_actors = min(config.num_actors, len(missing))
-    ensure_ray(reserved_cpus=num_actors * config.cpus_per_actor)
+    ensure_ray(reserved_cpus=num_actors * config.cpus_per_actor, reserved_gpus=num_actors * config.gpus_per_actor)
     blocks = ray.data.from_arrow([_block(shards.spec, index, seed) for index in missing])
     worker = {"folder": str(shards.folder.resolve()), "spec": shards.spec, "config": config, "teacher": teacher}
     made = blocks.map_batches(
@@ -159,7 +183,10 @@ def _made(shards: ShardSet, config: PrecomputeConfig, teacher: TeacherConfig, se
         num_gpus=config.gpus_per_actor,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
-    return (Shard(**row) for row in made.iter_rows())
+    for row in made.iter_rows():
+        if isinstance(row["made"], Exception):
+            raise row["made"]
+        yield row["made"]
 
 
 def _block(spec: ShardSetSpec, index: int, seed: int) -> Any:

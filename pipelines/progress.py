@@ -15,8 +15,14 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
-        rate = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
-        return Text(rate, style="cyan")
+        return Text(rate(speed), style="cyan")
+
+
+def rate(speed: float) -> str:
+    """A speed in units per second, as a person reads it."""
+    if speed < 1:
+        return f"{1 / speed:,.1f} s each"
+    return f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
 
 
 @contextmanager

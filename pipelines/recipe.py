@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -139,6 +139,9 @@ def from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         ValueError: a line for each mistake, saying which field, what was given and what is allowed.
     """
+    unnamed = list(_unnamed(values))
+    if unnamed:
+        raise ValueError("\n".join(f"{source}: {line}" for line in unnamed))
     try:
         return _ADAPTER.validate_python(dict(values), extra="forbid")
     except ValidationError as error:
@@ -249,7 +252,7 @@ def _allowed(path: str, inner: Any) -> str:
 
 def _nearest(given: str, known: Any) -> str:
     near = difflib.get_close_matches(given, list(known), 1, 0.5) if isinstance(known, Mapping | list) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _explain(error: dict[str, Any], values: Mapping[str, Any]) -> str | None:
@@ -265,12 +268,49 @@ def _explain(error: dict[str, Any], values: Mapping[str, Any]) -> str | None:
         allowed = _field_names(owner)
         return f"{where}: unknown key{_nearest(keys[-1], allowed)}. Keys here: {', '.join(allowed)}"
     if error["type"] in ("missing", "missing_argument"):
-        return f"{where}: required"
+        return f"{'.'.join(keys[:-1])}: holds too few values" if keys[-1].isdigit() else f"{where}: required"
     if error["type"] in ("dataclass_type", "dict_type"):
-        return f"{where}: must be a mapping; given {error['input']!r}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = f"; given {error['input']!r}" if error["type"] != "value_error" else ""
-    return f"{where}: {message}{given}" if where else message
+        return f"{where}: must be a mapping; given {_given(error['input'])}"
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    return f"{where}: {_wanted(error)}; given {_given(error['input'])}"
+
+
+def _given(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "invalid": "text",  # a key of a mapping
+    "tuple": "a list",
+    "list": "a list",
+}
+"""What a value must be, by the first word of pydantic's name of the error."""
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    if error["type"] == "literal_error":
+        return f"must be {error['ctx']['expected']}"
+    if error["type"] in ("too_long", "too_short"):
+        return f"must hold {error['ctx'].get('max_length', error['ctx'].get('min_length'))} values"
+    kind = error["type"].split("_")[0]
+    return f"must be {_WANTED[kind]}" if kind in _WANTED else error["msg"]
+
+
+def _unnamed(values: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each stage whose objective does not say which it is, and would be guessed from its fields."""
+    stages = values.get("stages")
+    for name, stage in stages.items() if isinstance(stages, Mapping) else ():
+        objective = stage.get("objective") if isinstance(stage, Mapping) else None
+        if isinstance(objective, Mapping) and "name" not in objective:
+            known = ", ".join(member.name for member in _members(_child(StageConfig, "objective")).values())
+            yield f"stages.{name}.objective.name: required: one of {known}"
 
 
 class _WrongName(Exception):
@@ -288,6 +328,11 @@ def _locate(location: Sequence[str | int], values: Mapping[str, Any]) -> tuple[l
                 return [], owner
             inner = members[part]
             continue
+        plain = _plain_members(inner)
+        if part == "int" and "float" in plain:  # the other member's error says it
+            return [], owner
+        if part == "[key]" or part in plain:
+            continue
         keys.append(str(part))
         owner, inner = inner, _child(inner, str(part))
         given = given.get(str(part), {}) if isinstance(given, Mapping) else {}
@@ -298,6 +343,11 @@ def _members(kind: Any) -> dict[str | int, Any]:
     """The dataclasses of a union, by the tag that pydantic gives each in an error's location."""
     found: list[Any] = [member for member in typing.get_args(kind) if dataclasses.is_dataclass(member)]
     return {member.__name__: member for member in found}
+
+
+def _plain_members(kind: Any) -> list[str]:
+    """The names by which pydantic tells the members of a union such as ``int | float`` apart."""
+    return [member.__name__ for member in typing.get_args(kind) if member in (int, float, str, bool)]
 
 
 def _chosen(given: Any, members: Mapping[str | int, Any], keys: list[str]) -> Any:

@@ -160,30 +160,29 @@ class Run:
 
     def execute(self, started: float) -> Report:
         """Do everything that is not done; ``started`` is when the process began, in `time.time` seconds."""
+        with self._session():
+            self._start(started)
+            self.train_stages(())
+            return self.report(self.evaluate())
+
+    def partial(self, work: "Callable[[Run], T]") -> "T":
+        """Do one part of the job under the directory's lock, recorded as the same run."""
+        with self._session():
+            return work(self)
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """Hold the directory, and record how it ended; a directory of another recipe is left as it is."""
+        check_recipe(self.dir, self.recipe)
         with self.dir.locked():
             self._claim()
             self._open_tracker()
             try:
-                self._start(started)
-                self.train_stages(())
-                rows = self.evaluate()
-                report = self.report(rows)
+                yield
                 self.tracker.finish("FINISHED")
             except BaseException as error:
                 self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-            return report
-
-    def partial(self, work: "Callable[[Run], T]") -> "T":
-        """Do one part of the job under the directory's lock, recorded as the same run."""
-        with self.dir.locked():
-            self._claim()
-            self._open_tracker()
-            try:
-                result = work(self)
-            finally:
-                self.tracker.flush()
-        return result
 
     def train_stages(self, names: Sequence[str]) -> None:
         """Shards, then some stages and all that they start from; every stage where none is named.
@@ -396,7 +395,7 @@ class RemoteWatch:
 
     def __call__(self) -> Watch:
         tracker = attach(self.config, run_id=self.run_id, run_dir=self.run_dir, default_store=self.store)
-        return Watch(logged=partial(_log, tracker))
+        return Watch(logged=partial(_log, tracker), done=tracker.flush)
 
 
 def _log(tracker: Tracker, step: int, values: dict[str, float]) -> None:

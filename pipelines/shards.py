@@ -144,8 +144,8 @@ def read_shard(path: Path) -> Rows:
 
 def decode(table: pa.Table, dtype: str, shape: Sequence[int]) -> Rows:
     """Columns to arrays; raw bytes are viewed in place."""
-    column = table.column("values").combine_chunks()
-    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    column = table.column("values")
+    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies even one chunk
     _, offsets, data = chunk.buffers()
     start = np.frombuffer(offsets, np.int64)[chunk.offset]
     count = len(chunk) * int(np.prod(shape))
@@ -157,7 +157,8 @@ class ShardSet:
     """A directory of shards and its manifest."""
 
     def __init__(self, folder: Path, spec: ShardSetSpec, shards: Mapping[int, Shard]) -> None:
-        self.folder, self.spec, self._shards = folder, spec, dict(shards)
+        self.folder = folder.resolve()  # a worker may stand in another directory
+        self.spec, self._shards = spec, dict(shards)
 
     @classmethod
     def open(cls, folder: Path, spec: ShardSetSpec) -> "ShardSet":

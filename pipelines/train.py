@@ -2,8 +2,12 @@
 
 import copy
 import json
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,6 +127,11 @@ class StageJob:
     """What determines the result; a checkpoint from other inputs is refused."""
 
     @property
+    def data(self) -> list[ShardSet]:
+        """The shard sets that the objective reads."""
+        return [shards for shards in (self.trajectories, self.images) if shards is not None]
+
+    @property
     def checkpoints(self) -> Path:
         return Path(self.folder) / "checkpoints"
 
@@ -159,21 +168,30 @@ class Watch:
     progress: Callable[[int], None] = lambda _step: None
     logged: Callable[[int, Logged], None] = lambda _step, _values: None
     note: Callable[[str], None] = lambda _text: None
+    done: Callable[[], object] = lambda: None
+    """The stage is trained, or stops for good in this process: what waits to be told can be told now."""
 
 
 def train_stage(job: StageJob, watch: Callable[[], Watch] = Watch) -> None:
     """Train one stage to its end, from its last checkpoint where there is one.
 
     ``watch`` is called on the first worker, which may be another process, to make its `Watch`.
+
+    Raises:
+        ValueError: the stage cannot be trained as it is asked for; found before any worker starts where possible.
+        FloatingPointError: it diverged.
     """
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.cluster import ensure_ray
+    from pipelines.cluster import ensure_ray, quiet
 
+    quiet()
+    check(job)
     workers = job.train.num_workers
     if workers:
-        ensure_ray(reserved_cpus=workers * job.train.cpus_per_worker)
+        ensure_ray(reserved_cpus=workers * job.train.cpus_per_worker, reserved_gpus=workers * job.train.gpus_per_worker)
+    storage = (Path(job.folder) / "ray").resolve()
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"job": job, "watch": watch},
@@ -181,12 +199,65 @@ def train_stage(job: StageJob, watch: Callable[[], Watch] = Watch) -> None:
         scaling_config=_scaling(job.train),
         run_config=RunConfig(
             name=f"train-{time.time_ns()}",
-            storage_path=str((Path(job.folder) / "ray").resolve()),
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=job.train.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    trainer.fit()
+    try:
+        mistake = _fit(trainer)
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)  # Ray's own record of the workers; the stage's folder is the truth
+    if mistake:
+        raise mistake
+
+
+def check(job: StageJob) -> None:
+    """See that the batches of a stage can be made.
+
+    Raises:
+        ValueError: the global batch does not divide among the workers, or is larger than the data.
+    """
+    group = Group(size=max(1, job.train.num_workers))
+    try:
+        group.rows(job.stage.batch_size)
+        for shards in job.data:
+            batch_plan(job, shards)
+    except ValueError as error:
+        raise ValueError(f"stage {job.name}: {error}") from None
+
+
+def _fit(trainer: Any) -> Exception | None:
+    """Run the workers; returns a mistake of the user's that they found together.
+
+    Raises:
+        ValueError, FloatingPointError, OSError: what a single worker raised, out of Ray's own exception.
+    """
+    from ray.train import TrainingFailedError
+
+    try:
+        with _interruptible():
+            return trainer.fit().return_value
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            if isinstance(failure, ValueError | FloatingPointError | OSError):
+                raise failure from error
+        raise  # its message holds every worker's traceback
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a `KeyboardInterrupt`: Ray's handler would end the process as if all were well, and stays for good."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if here:
+            signal.signal(signal.SIGINT, before)
 
 
 def _scaling(train: TrainConfig) -> Any:
@@ -200,13 +271,25 @@ def _scaling(train: TrainConfig) -> Any:
     )
 
 
-def _train_loop(config: dict[str, Any]) -> None:
+def _train_loop(config: dict[str, Any]) -> Exception | None:
+    """One worker's life. A mistake of the user's is returned, since Ray would try again after a raised one."""
     job: StageJob = config["job"]
     group = Group.current()
     prepare_process(job.train.cpus_per_worker if job.train.num_workers else None)
     watch = config["watch"]() if group.rank == 0 else Watch()
-    trainer = StageTrainer(job, group, watch)
-    trainer.run()
+    try:
+        trainer, mistake = StageTrainer(job, group, watch), None
+        trainer.restore()
+    except ValueError as error:
+        trainer, mistake = None, error
+    mistake = group.first(mistake)  # a worker that left alone would keep the others waiting
+    try:
+        if trainer is not None and mistake is None:
+            trainer.run()
+    except FloatingPointError as error:  # found in averages, hence by all workers at once
+        mistake = error
+    watch.done()
+    return mistake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +328,14 @@ class Group:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def first(self, found: Exception | None) -> Exception | None:
+        """What the first worker that found something found; the same on every worker."""
+        if self.size == 1:
+            return found
+        everyone: list[Exception | None] = [None] * self.size
+        torch.distributed.all_gather_object(everyone, found)
+        return next(filter(None, everyone), None)
+
     def wait(self) -> None:
         """Return when every worker has come here."""
         if self.size > 1:
@@ -266,13 +357,20 @@ class StageTrainer:
         self.device = _device(job.train)
         self.teacher = load_teacher(job.teacher).to(self.device)
         self.state, self.cast = build(job, self.teacher)
+        self.recent = _Recent()
 
-    def run(self) -> None:
-        """Train from the last checkpoint to the end, then leave the average behind as the stage's result."""
+    def restore(self) -> None:
+        """Go to the last whole checkpoint, if there is one.
+
+        Raises:
+            ValueError: it was made from other inputs.
+        """
         damaged = load_latest(self.job.checkpoints, self.state, self.job.inputs)
-        self.group.wait()
         if damaged:
             self.watch.note(f"stage {self.job.name}: damaged checkpoint {', '.join(damaged)} passed over")
+
+    def run(self) -> None:
+        """Train to the end, then leave the average behind as the stage's result."""
         curve = Curve(self.job.curve, self.state.step) if self.group.rank == 0 else None
         feed = Feed(self.job, self.teacher, self.rows, self.state.step)
         before, started = curve.seconds if curve else 0.0, time.perf_counter()
@@ -295,17 +393,20 @@ class StageTrainer:
             progress=step / stage.num_steps,
             synchronise=self.group.average,
         )
+        self.recent.add(logged)
         done, last = self.state.step, self.state.step == stage.num_steps
-        if done % stage.log_every == 0 or last or done == 1:
-            self._log(done, logged, curve, seconds)
-        if done % stage.checkpoint_every == 0 and not last and self.group.rank == 0:
+        checkpoint = done % stage.checkpoint_every == 0 and not last
+        if done % stage.log_every == 0 or checkpoint or last or done == 1:
+            self._log(done, curve, seconds)
+        if checkpoint and self.group.rank == 0:
             save_checkpoint(self.job.checkpoints, self.state, self.job.inputs)
         self.watch.progress(done)
 
-    def _log(self, step: int, logged: dict[str, Tensor], curve: "Curve | None", seconds: Callable[[], float]) -> None:
-        values = torch.stack([logged[name].float() for name in logged])
+    def _log(self, step: int, curve: "Curve | None", seconds: Callable[[], float]) -> None:
+        means = self.recent.means()
+        values = torch.stack(list(means.values()))
         self.group.average([values])
-        numbers = dict(zip(logged, values.tolist(), strict=True))
+        numbers = dict(zip(means, values.tolist(), strict=True))
         bad = [name for name, value in numbers.items() if value != value or abs(value) == float("inf")]
         if bad:
             raise FloatingPointError(
@@ -323,6 +424,23 @@ class StageTrainer:
         remove_checkpoints(self.job.checkpoints)
 
 
+class _Recent:
+    """Means of what was logged since the last point of the curve: some players move in some iterations only."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, logged: Mapping[str, Tensor]) -> None:
+        """One iteration's scalars."""
+        for name, value in logged.items():
+            self._values.setdefault(name, []).append(value.float())
+
+    def means(self) -> dict[str, Tensor]:
+        """The means, after which it starts anew."""
+        values, self._values = self._values, {}
+        return {name: torch.stack(some).mean() for name, some in sorted(values.items())}
+
+
 def step_seed(job: StageJob, step: int) -> int:
     """Seed of one step's draws."""
     return fold_in(job.seed, "stage", job.name, "step", step)
@@ -331,7 +449,8 @@ def step_seed(job: StageJob, step: int) -> int:
 def build(job: StageJob, teacher: Teacher) -> tuple[TrainState, Cast]:
     """Networks, optimisers and average of a stage at step 0, and the cast that its objective calls."""
     stage, dtype = job.stage, job.train.autocast
-    networks: dict[PlayerName, nn.Module] = {"student": FlowMapStudent(copy.deepcopy(teacher.backbone))}
+    with _seeded(job, "student"):  # its interval embedding is new
+        networks: dict[PlayerName, nn.Module] = {"student": FlowMapStudent(copy.deepcopy(teacher.backbone))}
     if job.start_weights:
         load_weights(Path(job.start_weights), networks["student"])
     if "fake_score" in stage.objective.players:
@@ -365,9 +484,16 @@ def _discriminator(job: StageJob, teacher: Teacher) -> tuple[nn.Module, FeatureT
     widths = {teacher.feature_widths[layer] for layer in layers}
     if len(widths) > 1:
         raise ValueError(f"stage {job.name}: tapped layers {list(layers)} have different widths {sorted(widths)}")
-    with torch.random.fork_rng():
-        torch.manual_seed(fold_in(job.seed, "stage", job.name, "discriminator"))
+    with _seeded(job, "discriminator"):
         return AdaptiveWeightedDiscriminator(widths.pop(), job.stage.discriminator), taps
+
+
+@contextmanager
+def _seeded(job: StageJob, network: PlayerName) -> Iterator[None]:
+    """New weights come from the stage and the seed, so that every worker and every restart has the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(fold_in(job.seed, "stage", job.name, network))
+        yield
 
 
 def in_precision(network: Callable[..., Tensor], autocast: str) -> Callable[..., Tensor]:
@@ -380,6 +506,19 @@ def in_precision(network: Callable[..., Tensor], autocast: str) -> Callable[...,
             return network(x, *rest).float()
 
     return reduced
+
+
+def batch_plan(job: StageJob, shards: ShardSet) -> BatchPlan:
+    """The order in which a stage reads a shard set.
+
+    Raises:
+        ValueError: the batch is larger than the data.
+    """
+    return BatchPlan(
+        shard_sizes=tuple(shard.rows for shard in shards.shards),
+        batch_size=job.stage.batch_size,
+        seed=fold_in(job.seed, "stage", job.name, "order", shards.spec.kind),
+    )
 
 
 class Feed:
@@ -399,12 +538,7 @@ class Feed:
 
     def _rows(self, shards: ShardSet | None, last_step: int) -> Iterator[Rows]:
         assert shards is not None
-        stage = self.job.stage
-        plan = BatchPlan(
-            shard_sizes=tuple(shard.rows for shard in shards.shards),
-            batch_size=stage.batch_size,
-            seed=fold_in(self.job.seed, "stage", self.job.name, "order", shards.spec.kind),
-        )
+        plan = batch_plan(self.job, shards)
         if shards.spec.bytes <= self.job.train.resident_bytes:
             return resident(shards, plan, self.first_step, self.rows)
         return streamed(shards, plan, self.first_step, last_step, self.rows)

@@ -1,4 +1,7 @@
-"""What every test gets: one thread, a fixed seed, and shapes checked at run time."""
+"""What every test gets: one thread, a fixed seed, and shapes checked at run time. And one Ray cluster for all."""
+
+import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,3 +24,37 @@ def _strict():  # pyright: ignore[reportUnusedFunction]
     """One thread (the tensors are tiny, the cores shared) and a seed for the networks' initial weights."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray cluster for every test that asks for it: starting one costs five seconds or more.
+
+    It has four logical CPUs on any machine. `ensure_ray` finds it and starts none of its own.
+    """
+    import ray
+
+    from pipelines import cluster
+
+    quick = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+        "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for name, value in {**cluster.ENVIRONMENT, **quick}.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipelines import figures, report
+from pipelines import artifacts, charts, figures, report, report_columns, report_page
 from pipelines.report import Phase, Report, Row, print_table, read_report, rebuild, write_report
 
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
@@ -205,7 +205,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full_disk)
+    monkeypatch.setattr(artifacts.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_report(make_report(fingerprint="other"), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -288,7 +288,7 @@ def test_samples_that_cannot_be_read_are_noted(tmp_path: Path, content: object, 
         path.write_bytes(content)
     elif isinstance(content, dict):
         np.savez(path, **content)
-    loaded, notes = report._load_samples(rows, tmp_path / "evaluate")
+    loaded, notes = report_page._load_samples(rows, tmp_path / "evaluate")
     assert [kept.row for kept in loaded] == rows[1:]
     assert len(notes) == 1 and reason in notes[0]
     assert notes[0].startswith("No pictures of SFD, 2 calls: cannot read evaluate/sfd_flow_map_2.npz (")
@@ -381,18 +381,18 @@ def test_generators_with_other_labels_stay_out_of_the_sheet(tmp_path: Path) -> N
 def test_charts_leave_matplotlib_as_it_was() -> None:
     before = dict(matplotlib.rcParams.copy())
     for theme in (figures.LIGHT, figures.DARK):
-        open_png(figures.fid_against_nfe(make_rows(), real_fid=2.4, theme=theme))
-        open_png(figures.training_curves({"a": [{"step": 1, "loss/x": 0.5}]}, theme=theme))
-        open_png(figures.seconds_by_phase(make_report().phases, theme=theme))
+        open_png(charts.fid_against_nfe(make_rows(), real_fid=2.4, theme=theme))
+        open_png(charts.training_curves({"a": [{"step": 1, "loss/x": 0.5}]}, theme=theme))
+        open_png(charts.seconds_by_phase(make_report().phases, theme=theme))
     after = dict(matplotlib.rcParams.copy())
     assert {key for key in before if key != "backend" and after[key] != before[key]} == set()
 
 
 def test_charts_without_data_are_refused() -> None:
     for draw, nothing in (
-        (figures.fid_against_nfe, []),
-        (figures.training_curves, {"a": [{"step": 1, "learning_rate": 1e-3}]}),
-        (figures.seconds_by_phase, []),
+        (charts.fid_against_nfe, []),
+        (charts.training_curves, {"a": [{"step": 1, "learning_rate": 1e-3}]}),
+        (charts.seconds_by_phase, []),
     ):
         with pytest.raises(ValueError, match="no "):
             draw(nothing)
@@ -400,7 +400,7 @@ def test_charts_without_data_are_refused() -> None:
 
 def test_a_resumed_curve_keeps_the_later_of_two_values() -> None:
     records = [{"step": 1, "loss/a": 5.0}, {"step": 2, "loss/a": 6.0}, {"step": 2, "loss/a": 7.0}]
-    steps, values = figures._curve([*records, {"step": 3, "loss/a": float("nan")}, {"step": 4}], "loss/a")
+    steps, values = charts._curve([*records, {"step": 3, "loss/a": float("nan")}, {"step": 4}], "loss/a")
     assert steps.tolist() == [1, 2] and values.tolist() == [5, 7]
 
 
@@ -408,16 +408,16 @@ def test_curves_follow_the_order_of_the_recipe_and_pass_over_broken_lines(tmp_pa
     fill(tmp_path, make_report())
     (tmp_path / "stages" / "left_over").mkdir()
     (tmp_path / "stages" / "left_over" / "metrics.jsonl").write_text('{"step": 1, "loss/a": 1}\n')
-    curves = report._load_curves(tmp_path, ["sketch", "refine", "sfd"])
+    curves = report_page._load_curves(tmp_path, ["sketch", "refine", "sfd"])
     assert list(curves) == ["sketch", "refine", "sfd"]
     assert [len(records) for records in curves.values()] == [50, 50, 50]
 
 
 def test_names_on_the_chart_do_not_cover_each_other() -> None:
-    figure = figures.Figure(figsize=(9, 4.6))
+    figure = charts.Figure(figsize=(9, 4.6))
     axes = figure.add_subplot(xscale="log", yscale="log", xlim=(0.8, 40), ylim=(1, 300))
     lines = [(f"generator {place}", "black", np.array([[1.0, 3 + 0.1 * place]])) for place in range(4)]
-    figures._place_labels(figure, axes, lines)
+    charts._place_labels(figure, axes, lines)
     placed = [text.get_window_extent() for text in axes.texts]
     assert len(placed) == 4
     for place, box in enumerate(placed):
@@ -459,9 +459,9 @@ def test_eighty_columns_hold_one_table() -> None:
 
 
 def test_the_best_of_a_column_is_marked_unless_all_are_equal() -> None:
-    columns = {column.name: column for column in report._columns(make_rows())}
+    columns = {column.name: column for column in report_columns.columns(make_rows())}
     best = {name: [place for place in range(10) if column.is_best(place)] for name, column in columns.items()}
     assert best["fid"] == [5] and best["nfe"] == best["train_seconds"] == []
     assert best["gflops_per_image"] == best["images_per_second"] == [0, 3, 6, 7]
     same = [dataclasses.replace(row, precision=0.5) for row in make_rows()]
-    assert not any(report._columns(same)[2].is_best(place) for place in range(10))
+    assert not any(report_columns.columns(same)[2].is_best(place) for place in range(10))

@@ -22,6 +22,7 @@ from hd_core.paths import velocity_to
 from hd_core.solvers import euler, last
 from hd_core.types import Condition
 from pipelines import teachers
+from pipelines.discrete_time import DiscretePath
 from pipelines.teachers import Teacher, TeacherConfig, load_teacher, save_native
 from pipelines.torchvision_ops import declare_missing_operators
 
@@ -199,7 +200,7 @@ def test_velocity_is_the_longhand_conversion(name: str, tmp_path: Path) -> None:
 def test_table_is_inverted_continuously() -> None:
     """Entries come back exactly from float32; between them the timestep is linear in log-SNR and monotone."""
     table = DDPMScheduler().alphas_cumprod
-    path = teachers.DiscretePath(table, "epsilon")
+    path = DiscretePath(table, "epsilon")
     at_entries = path.point(path.times.float())
     assert torch.equal(at_entries.timestep, torch.arange(1000, dtype=torch.float64))
     assert torch.equal(at_entries.t, path.times)
@@ -216,7 +217,7 @@ def test_table_is_inverted_continuously() -> None:
 
 def test_derivative_in_time_survives_the_table() -> None:
     """At an entry, where the value is snapped, and between entries: d timestep / dt is positive and agrees."""
-    path = teachers.DiscretePath(DDPMScheduler().alphas_cumprod, "epsilon")
+    path = DiscretePath(DDPMScheduler().alphas_cumprod, "epsilon")
     t = torch.stack([path.times[400], path.times[400] + 1e-6]).requires_grad_()
     (slope,) = torch.autograd.grad(path.point(t).timestep.sum(), t)
     assert slope[0] > 0 and slope[0] == pytest.approx(slope[1].item(), rel=0.02)

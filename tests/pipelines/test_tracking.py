@@ -16,23 +16,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipelines import tracking
-from pipelines.tracking import (
-    CHANGED_TAG,
-    BufferedTracker,
-    Journal,
-    MlflowTracker,
-    NoopTracker,
-    TrackConfig,
-    Tracker,
-    attach,
-    flatten,
-    open_tracker,
-    redact,
-    server_command,
-    tracking_uri,
-    ui,
-)
+from pipelines import journal
+from pipelines.artifacts import flatten
+from pipelines.journal import BufferedTracker, Journal, texts
+from pipelines.stores import TrackConfig, quiet_environment, redact, tracking_uri
+from pipelines.tracking import CHANGED_TAG, MlflowTracker, NoopTracker, Tracker, attach, open_tracker
+from pipelines.ui import server_command, ui
 
 EXPERIMENT = "digits"
 
@@ -46,12 +35,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "_SEND_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_SEND_SECONDS", 0.0)
 
 
 @pytest.fixture
 def client(store: Path) -> MlflowClient:
-    tracking._quiet_environment()
+    quiet_environment()
     return MlflowClient(f"sqlite:///{store}")
 
 
@@ -234,7 +223,7 @@ def test_a_dead_server_delays_nothing_and_loses_nothing(
     assert time.monotonic() - started < 8  # most of it MLflow's import
     assert [entry["call"] for entry in _journal(tmp_path)][:3] == ["open", "open", "params"]
     assert len(_journal(tmp_path)) == 505
-    assert [record.levelname for record in caplog.records if record.name == tracking.__name__] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if record.name == journal.__name__] == ["WARNING"]
     assert not away.flush()
 
     back = _open(store, tmp_path, resume=away.run_id, name="offline")
@@ -315,7 +304,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
 def test_a_full_journal_drops_metrics_only(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "_JOURNAL_BYTES", 2000)
+    monkeypatch.setattr(journal, "_JOURNAL_BYTES", 2000)
     tracker = _open(store, tmp_path, uri=_dead_uri())
     for step in range(100):
         tracker.metrics({"loss": 1.0}, step)
@@ -418,7 +407,7 @@ def test_no_secret_reaches_the_log_or_the_journal(
 
 
 def test_flatten_redacts_and_writes_values_as_yaml_has_them() -> None:
-    flat = flatten({"a": {"b": Path("x"), "c": {}}, "u": "http://me:pw@host", "n": 1e-3})
+    flat = texts(flatten({"a": {"b": Path("x"), "c": {}}, "u": "http://me:pw@host", "n": 1e-3}))
     assert flat == {"a.b": '"x"', "a.c": "{}", "u": "http://***@host", "n": "0.001"}
 
 
@@ -472,7 +461,7 @@ def test_the_page_is_served_and_ends_with_control_c(store: Path, tmp_path: Path,
     tracker.figure("grid", tmp_path / "grid.png")
     tracker.finish()
     port = _free_port()
-    script = f"from pipelines.tracking import ui; ui('sqlite:///{store}', port={port})"
+    script = f"from pipelines.ui import ui; ui('sqlite:///{store}', port={port})"
     process = subprocess.Popen([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
     try:
         assert process.stdout

@@ -1,0 +1,189 @@
+"""The page of a run, `report.html`, and the pictures on it, `figures/*.png`."""
+
+import base64
+import importlib.resources
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+from pipelines import charts, figures
+from pipelines.artifacts import as_text, atomic_path, flatten
+from pipelines.report_columns import calls, columns, digits, line_of
+
+if TYPE_CHECKING:
+    from pipelines.report import Report, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    """A figure of the page, PNG bytes for a light and a dark page."""
+
+    name: str
+    """File name under figures, without its ending."""
+    title: str
+    """What it shows; also the text for who cannot see it."""
+    caption: str = ""
+    """A sentence below the title."""
+    light: bytes
+    """What is written to figures."""
+    dark: bytes = b""
+    """Empty: the light one suits both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """The kept pictures of one row."""
+
+    row: "Row"
+    """Whose they are."""
+    images: figures.Images
+    """uint8 (k, h, w, c)."""
+    labels: figures.Labels
+    """Class indices (k,)."""
+
+
+def render(report: "Report", run_dir: Path) -> None:
+    """Writes the figures and the page; what has no data is left out, with a note on the page."""
+    samples, notes = _load_samples(report.rows, run_dir / "evaluate")
+    sheets, grids = _sheet(samples), [_grid(kept) for kept in samples]
+    drawn = _charts(report, _load_curves(run_dir, list(report.recipe.get("stages") or ())))
+    for picture in [*sheets, *grids, *drawn.values()]:
+        with atomic_path(run_dir / "figures" / f"{picture.name}.png") as temporary:
+            temporary.write_bytes(picture.light)
+    context = {
+        "title": report.recipe.get("name") or run_dir.resolve().name,
+        "report": report,
+        "columns": columns(report.rows),
+        "groups": [list(group) for _, group in groupby(enumerate(report.rows), key=lambda item: line_of(item[1]))],
+    }
+    page = _template().render(context, sheets=sheets, grids=grids, charts=drawn, notes=notes, **_headlines(report.rows))
+    with atomic_path(run_dir / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(base64=lambda png: base64.b64encode(png).decode(), flat=_flat, calls=calls)
+    environment.filters.update(times=lambda ratio: f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times")
+    environment.filters.update(digits=lambda value: digits([value], 0)(value))
+    return environment.from_string(importlib.resources.files("pipelines").joinpath("report.html.j2").read_text("utf-8"))
+
+
+def _headlines(rows: Sequence["Row"]) -> dict[str, Any]:
+    """The teacher's best row, each student's best row, and the teacher's best at each number of calls."""
+    teacher = [row for row in rows if not row.stage]
+    students = [min(group, key=_fid) for group in _by(rows, lambda row: row.generator if row.stage else "").values()]
+    equals = {nfe: min(group, key=_fid) for nfe, group in _by(teacher, lambda row: row.nfe).items()}
+    return {
+        "teacher": min(teacher, key=_fid, default=None),
+        "students": [s for s in students if s.stage],
+        "equals": equals,
+    }
+
+
+def _load_samples(rows: Sequence["Row"], folder: Path) -> tuple[list[_Samples], list[str]]:
+    """The samples that can be read, and a line about each that cannot."""
+    loaded, notes = [], []
+    for row in (row for row in rows if row.samples):
+        try:
+            loaded.append(_load(row, folder))
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
+            notes.append(f"No pictures of {row.label}: cannot read evaluate/{row.samples} ({reason}).")
+    return loaded, notes
+
+
+def _load(row: "Row", folder: Path) -> _Samples:
+    if Path(row.samples).name != row.samples:
+        raise ValueError("not a plain file name")
+    with np.load(folder / row.samples, allow_pickle=False) as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    figures.check_samples(images, labels)
+    return _Samples(row=row, images=images, labels=labels)
+
+
+def _load_curves(run_dir: Path, stages: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """Records of RUN_DIR/STAGE/metrics.jsonl or RUN_DIR/*/STAGE/metrics.jsonl by stage, in the recipe's order."""
+    paths = [*run_dir.glob("*/metrics.jsonl"), *run_dir.glob("*/*/metrics.jsonl")]
+    found = {path.parent.name: path for path in sorted(paths) if not stages or path.parent.name in stages}
+    order = [stage for stage in stages if stage in found] or list(found)
+    return {stage: _records(found[stage]) for stage in order}
+
+
+def _records(path: Path) -> list[dict[str, float]]:
+    """The numbers of each line; a line that is not whole, as a killed run leaves its last, is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append({key: value for key, value in record.items() if isinstance(value, int | float)})
+    return records
+
+
+def _sheet(samples: Sequence[_Samples]) -> list[_Picture]:
+    """The same noises through every generator; rows with other labels than the first's stay out."""
+    same = [kept for kept in samples if np.array_equal(kept.labels, samples[0].labels)]
+    if len(same) < 2:
+        return []
+    write = digits([kept.row.fid for kept in same])
+    entries = [(kept.row.label, f"FID {write(kept.row.fid)}", kept.images) for kept in same]
+    light, dark = (figures.comparison_sheet(entries, same[0].labels, theme=t) for t in (figures.LIGHT, figures.DARK))
+    return [_Picture(name="same_noises", title="The same noises through every generator", light=light, dark=dark)]
+
+
+def _grid(samples: _Samples) -> _Picture:
+    row = samples.row
+    name = f"samples_{Path(row.samples).stem}"
+    caption = f"FID {digits([row.fid], 0)(row.fid)}, precision {row.precision:.2f}, recall {row.recall:.2f}"
+    return _Picture(
+        name=name, title=row.label, caption=caption, light=figures.sample_grid(samples.images, samples.labels)
+    )
+
+
+def _charts(report: "Report", curves: Mapping[str, Any]) -> dict[str, _Picture]:
+    """The charts that there is data for, by name."""
+    real_fid = report.reference["real_fid"]
+    drawings = {
+        "fid_against_nfe": (
+            "FID against network calls",
+            lambda t: charts.fid_against_nfe(report.rows, real_fid=real_fid, theme=t),
+        ),
+        "training_curves": ("Training curves", lambda t: charts.training_curves(curves, theme=t)),
+        "seconds_by_phase": ("Seconds by phase", lambda t: charts.seconds_by_phase(report.phases, theme=t)),
+    }  # fmt: skip
+    there = {
+        "fid_against_nfe": report.rows,
+        "training_curves": charts.has_losses(curves),
+        "seconds_by_phase": report.phases,
+    }
+    return {
+        name: _Picture(name=name, title=title, light=draw(figures.LIGHT), dark=draw(figures.DARK))
+        for name, (title, draw) in drawings.items()
+        if there[name]
+    }
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, value as text) of everything in nested mappings."""
+    return [(name, as_text(value)) for name, value in flatten(record, prefix).items()]
+
+
+def _by(rows: Sequence["Row"], key: Callable[["Row"], Any]) -> dict[Any, list["Row"]]:
+    """The rows in groups, in order of appearance."""
+    return {value: [row for row in rows if key(row) == value] for value in dict.fromkeys(map(key, rows))}
+
+
+def _fid(row: "Row") -> float:
+    return row.fid

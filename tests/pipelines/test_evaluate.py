@@ -1,0 +1,250 @@
+"""Evaluation against longhand: walks, distances, operations, and what is reused or refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from hd_core.objectives.sfd import afs_velocity
+from hd_core.random import sample_labels, sample_noise
+from hd_core.times import custom
+from hd_core.types import Condition
+from pipelines.artifacts import read_json, write_json
+from pipelines.data import to_uint8
+from pipelines.evaluate import EvaluateConfig, Evaluator, Generator, evaluation_seed, make_sampler, walk
+from pipelines.report import Row
+from pipelines.run import Run
+from tests.pipelines.conftest import Finished
+from tests.pipelines.tiny import open_run
+
+
+@pytest.fixture(scope="module")
+def job(finished: Finished) -> Run:
+    return open_run(finished.recipe, finished.run_dir)
+
+
+def evaluator_of(job: Run, folder: Path, **changes: object) -> Evaluator:
+    made = job.evaluator()
+    made.folder = folder
+    made.config = replace(made.config, **changes)  # type: ignore[arg-type]
+    return made
+
+
+def generator_of(job: Run, key: str) -> Generator:
+    return next(generator for generator in job.generators() if generator.key == key)
+
+
+# Sampling
+
+
+def linear(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """A flow map whose mean velocity depends on everything that it is told."""
+    assert condition.labels is not None
+    return x * (t - r)[:, None, None, None] + condition.labels[:, None, None, None]
+
+
+def test_a_walk_is_one_jump_for_each_interval():
+    x, condition = torch.randn(3, 1, 2, 2), Condition(labels=torch.tensor([0, 1, 2]))
+    label = torch.tensor([0.0, 1.0, 2.0])[:, None, None, None]
+    middle = x - 0.25 * (0.25 * x + label)
+    wanted = middle - 0.75 * (0.75 * middle + label)
+    assert torch.allclose(walk(linear, custom([1.0, 0.75, 0.0]), False, x, condition), wanted, atol=1e-6)
+
+
+def test_a_walk_with_an_analytical_first_step_asks_the_network_once_less():
+    asked: list[tuple[float, float]] = []
+
+    def counting(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> torch.Tensor:
+        asked.append((t[0].item(), r[0].item()))
+        assert t.dtype == x.dtype
+        return linear(x, t, r, condition)
+
+    x, condition = torch.randn(2, 1, 2, 2), Condition(labels=torch.tensor([0, 1]))
+    found = walk(counting, custom([1.0, 0.5, 0.0]), True, x, condition)
+    assert asked == [(0.5, 0.0)]
+    after = x - 0.5 * afs_velocity(x, torch.ones(2))
+    wanted = after - 0.5 * (0.5 * after + torch.tensor([0.0, 1.0])[:, None, None, None])
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_samples_carry_no_gradient(job: Run):
+    x, condition = torch.randn(2, 1, 8, 8), Condition(labels=torch.tensor([0, 1]))
+    for key in ("teacher-euler-2", "sfd_2-flow_map-2"):
+        assert not make_sampler(generator_of(job, key), job.teacher, 1.0)(x, condition).requires_grad
+
+
+def test_the_teachers_euler_sampler_is_euler(job: Run):
+    x, condition = torch.randn(4, 1, 8, 8), Condition(labels=torch.arange(4))
+    v = job.teacher.velocity(1.0)
+    with torch.no_grad():
+        half = x - 0.5 * v(x, torch.ones(4), condition)
+        wanted = half - 0.5 * v(half, torch.full((4,), 0.5), condition)
+    found = make_sampler(generator_of(job, "teacher-euler-2"), job.teacher, 1.0)(x, condition)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_noises_and_labels_of_evaluation_are_not_those_of_training(job: Run):
+    seed = evaluation_seed(3)
+    assert seed not in (3, evaluation_seed(4))
+    assert not torch.equal(sample_noise(seed, range(1), (4,)), sample_noise(3, range(1), (4,)))
+
+
+# Metrics
+
+
+def longhand_fid(one: np.ndarray, other: np.ndarray) -> float:
+    """Heusel et al. 2017, eq. 6, as clean-fid has it, in float64."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    s, r = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.asarray(scipy.linalg.sqrtm(s @ r))
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s) + np.trace(r) - 2 * np.trace(root).real)
+
+
+@pytest.mark.parametrize("key", ["teacher-euler-1", "refine-flow_map-1", "sfd_4-flow_map-3"])
+def test_the_fid_of_a_row_is_that_of_its_samples_by_hand(job: Run, key: str):
+    generator, seed = generator_of(job, key), evaluation_seed(3)
+    noise, labels = sample_noise(seed, range(200), (1, 8, 8)), sample_labels(seed, range(200), 10)
+    images = to_uint8(make_sampler(generator, job.teacher, 1.0)(noise, Condition(labels=labels)))
+    wanted = longhand_fid(job.extractor(images), job.extractor(job.splits.reference.images))
+    assert read_json(job.dir.evaluation / f"{key}.json")["row"]["fid"] == pytest.approx(wanted, rel=1e-3)
+    kept = np.load(job.dir.evaluation / f"{key}.npz")
+    assert np.abs(kept["images"].astype(int) - images[:16].astype(int)).max() <= 1
+    assert kept["labels"].tolist() == labels[:16].tolist()
+
+
+def test_the_reference_is_the_held_out_images(job: Run):
+    held_out, train = (job.extractor(part.images) for part in (job.splits.reference, job.splits.train))
+    assert job.reference.real_fid == pytest.approx(longhand_fid(train, held_out), rel=1e-4)
+    half = len(held_out) // 2
+    assert job.reference.halves_fid == pytest.approx(longhand_fid(held_out[:half], held_out[half:]), rel=1e-4)
+    assert np.array_equal(job.reference.features, held_out)
+
+
+@pytest.mark.parametrize("batch_size", [200, 77, 1])
+def test_metrics_do_not_depend_on_the_blocks(job: Run, tmp_path: Path, batch_size: int):
+    generator = generator_of(job, "sfd_2-flow_map-2")
+    found = evaluator_of(job, tmp_path, batch_size=batch_size).measure(generator)
+    row = Row(**read_json(job.dir.evaluation / f"{generator.key}.json")["row"])
+    pictures = [np.load(folder / found.samples)["images"] for folder in (tmp_path, job.dir.evaluation)]
+    assert np.array_equal(*pictures)
+    assert found.fid == pytest.approx(row.fid, rel=1e-6)
+    assert (found.precision, found.recall) == (row.precision, row.recall)
+
+
+def test_a_row_says_what_was_measured(job: Run, tmp_path: Path):
+    told: list[int] = []
+    generator = generator_of(job, "refine-flow_map-1")
+    row = evaluator_of(job, tmp_path).measure(generator, told.append)
+    assert told == [100, 100]
+    assert (row.generator, row.stage, row.solver, row.nfe) == ("hd", "refine", "flow_map", 1)
+    assert (row.num_samples, row.fid_features, row.samples) == (200, "digits", "refine-flow_map-1.npz")
+    assert row.train_seconds == generator.train_seconds > 0
+    assert row.images_per_second > 0 and 0 < row.precision <= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"refine-flow_map-1.json", "refine-flow_map-1.npz"}
+
+
+def test_a_longer_evaluation_keeps_no_more_pictures_than_asked_for(job: Run, tmp_path: Path):
+    row = evaluator_of(job, tmp_path, pictures=130).measure(generator_of(job, "teacher-euler-1"))
+    assert len(np.load(tmp_path / row.samples)["images"]) == 130
+
+
+# Operations: a product of (m, k) and (k, n) is 2 m k n.
+
+
+def dit_flops(width: int, depth: int, tokens: int, area: int, *, student: bool) -> int:
+    """One image through the native DiT: linear layers and attention; norms and activations are not counted."""
+    embedding = 2 * (64 * width + width * width)
+    block = 2 * tokens * (3 * width * width + width * width + 8 * width * width) + 2 * 6 * width * width
+    attention = 2 * 2 * tokens * tokens * width
+    ends = 2 * tokens * (2 * area * width) + 2 * 2 * width * width
+    return embedding * (2 if student else 1) + depth * (block + attention) + ends
+
+
+@pytest.mark.parametrize(
+    ("key", "calls", "student"),
+    [("teacher-euler-1", 1, False), ("teacher-dpmpp_3m-2", 2, False), ("refine-flow_map-1", 1, True),
+     ("sfd_4-flow_map-3", 3, True)],
+)  # fmt: skip
+def test_operations_are_those_of_a_longhand_count(job: Run, key: str, calls: int, student: bool):
+    generator = generator_of(job, key)
+    found = job.evaluator().flops(make_sampler(generator, job.teacher, 1.0), generator)
+    assert found == calls * dit_flops(64, 4, 16, 4, student=student)
+    row = read_json(job.dir.evaluation / f"{key}.json")["row"]
+    assert row["gflops_per_image"] == found / 1e9 and row["nfe"] == calls
+
+
+# Reuse
+
+
+def test_a_row_is_found_again(job: Run):
+    evaluator = job.evaluator()
+    for generator in job.generators():
+        row = evaluator.finished(generator)
+        assert row is not None and row.nfe == generator.calls_per_image
+
+
+def test_a_row_without_its_pictures_or_json_is_not_finished(job: Run, copied: Finished):
+    evaluator, generator = evaluator_of(job, copied.run_dir / "evaluate"), generator_of(job, "refine-flow_map-1")
+    (evaluator.folder / "refine-flow_map-1.npz").unlink()
+    assert evaluator.finished(generator) is None
+    (evaluator.folder / "refine-flow_map-1.json").unlink()
+    assert evaluator.finished(generator) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 300}, "num_samples: 200 there, 300 here"),
+        ({"neighbours": 3}, "neighbours: 5 there, 3 here"),
+        ({"pictures": 8}, "pictures: 16 there, 8 here"),
+    ],
+)
+def test_a_row_of_other_settings_is_refused_by_name(job: Run, changes: dict[str, int], message: str):
+    evaluator = evaluator_of(job, job.dir.evaluation, **changes)
+    with pytest.raises(ValueError, match=f"evaluation refine-flow_map-1 was made from other inputs: {message}"):
+        evaluator.finished(generator_of(job, "refine-flow_map-1"))
+
+
+def test_a_row_of_another_teacher_is_refused_and_one_of_retrained_weights_is_measured_again(job: Run):
+    evaluator = job.evaluator()
+    with pytest.raises(ValueError, match="identity: "):
+        evaluator.finished(replace(generator_of(job, "teacher-euler-1"), identity="another"))
+    assert evaluator.finished(replace(generator_of(job, "refine-flow_map-1"), identity="another")) is None
+
+
+def test_a_row_against_another_reference_is_refused(job: Run, copied: Finished):
+    stored = copied.run_dir / "evaluate" / "refine-flow_map-1.json"
+    about = read_json(stored)
+    write_json(stored, {**about, "inputs": {**about["inputs"], "reference": "another"}})
+    with pytest.raises(ValueError, match="reference: another there, "):
+        evaluator_of(job, copied.run_dir / "evaluate").finished(generator_of(job, "refine-flow_map-1"))
+
+
+def test_all_that_makes_a_generator_is_among_its_inputs(job: Run):
+    inputs = job.evaluator().inputs
+    generator = generator_of(job, "sfd_2-flow_map-2")
+    for changes in ({"grid": (1.0, 0.0)}, {"afs": True}, {"solver": "euler"}, {"identity": "x"}):
+        assert inputs(replace(generator, **changes)) != inputs(generator)
+    assert inputs(replace(generator, label="x", train_seconds=9.0)) == inputs(generator)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 1}, "num_samples must be at least 2"),
+        ({"batch_size": 0}, "batch_size, neighbours and pictures at least 1"),
+        ({"num_samples": 5}, "neighbours must be below num_samples; given 5 and 5"),
+        ({"solvers": {"rk4": (1,)}}, "solvers: 'rk4' is not one of euler, "),
+        ({"solvers": {"euler": ()}}, "solvers.euler: step counts must be at least 1"),
+        ({"solvers": {"euler": (1, 1)}}, "solvers.euler: each step count once"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(**changes)  # type: ignore[arg-type]
