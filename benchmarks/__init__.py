@@ -1,1 +1,1 @@
-"""One file a claim: ``python -m benchmarks.NAME [--quick]`` prints a table and, last, one JSON line with its figures."""
+"""One file a claim: `python -m benchmarks.NAME [--quick]` prints a table and, last, one JSON line of its figures."""

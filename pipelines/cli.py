@@ -99,8 +99,8 @@ def run(recipe: "Recipe", run_dir: Path, dry_run: bool) -> None:
 
         print_plan(recipe, run_dir, _console())
         return
+    from pipelines.process import process_started
     from pipelines.report import print_table
-    from pipelines.run import process_started
 
     job = _open(recipe, run_dir)
     job.say(f"[bold]{recipe.name}[/] in {run_dir}")

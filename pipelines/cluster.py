@@ -49,6 +49,14 @@ def ensure_ray(*, reserved_cpus: float, reserved_gpus: float = 0) -> None:
         )
 
 
+def stop_ray() -> None:
+    """Give the cores back, if this process started or joined a cluster."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
 def quiet() -> None:
     """Let Ray speak of errors only."""
     for name in ("ray", "ray.data", "ray.train"):

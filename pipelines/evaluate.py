@@ -205,7 +205,8 @@ class Evaluator:
         if retrained:  # its weights were lost and made again, and differ in the last bits: so shall its row be
             made_with = {**made_with, "identity": generator.identity}
         ensure_same(f"evaluation {generator.key}", made_with, inputs)
-        return None if retrained else Row(**stored["row"])
+        row = {**stored["row"], "generator": generator.label, "train_seconds": generator.train_seconds}
+        return None if retrained else Row(**row)
 
     def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
         """Sample, extract, compare; the row and the first pictures are kept."""

@@ -12,8 +12,8 @@ from hd_core.networks.student import FlowMapStudent
 from pipelines.artifacts import RunDir
 from pipelines.recipe import Recipe, to_yaml
 from pipelines.run import Run, check_recipe
+from pipelines.stages import StageConfig
 from pipelines.teachers import Teacher
-from pipelines.train import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)

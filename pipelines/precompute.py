@@ -163,15 +163,24 @@ def precompute(
         progress(shard.rows)
 
 
+def start_for(shards: ShardSet, config: PrecomputeConfig) -> int:
+    """Start Ray, or see that it has room, for the missing shards; returns the number of actors.
+
+    Raises:
+        ValueError: the actors do not fit into the cluster.
+    """
+    from pipelines.cluster import ensure_ray
+
+    count = min(config.num_actors, len(shards.missing))
+    ensure_ray(reserved_cpus=count * config.cpus_per_actor, reserved_gpus=count * config.gpus_per_actor)
+    return count
+
+
 def _made(shards: ShardSet, config: PrecomputeConfig, teacher: TeacherConfig, seed: int) -> Iterator[Shard]:
     import ray.data
 
-    from pipelines.cluster import ensure_ray
-
-    missing = shards.missing
-    num_actors = min(config.num_actors, len(missing))
-    ensure_ray(reserved_cpus=num_actors * config.cpus_per_actor, reserved_gpus=num_actors * config.gpus_per_actor)
-    blocks = ray.data.from_arrow([_block(shards.spec, index, seed) for index in missing])
+    num_actors = start_for(shards, config)
+    blocks = ray.data.from_arrow([_block(shards.spec, index, seed) for index in shards.missing])
     worker = {"folder": str(shards.folder.resolve()), "spec": shards.spec, "config": config, "teacher": teacher}
     made = blocks.map_batches(
         ShardWorker,

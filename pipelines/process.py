@@ -7,7 +7,12 @@ and faulting them in again cost a third of a small transformer's time; keeping t
 
 import ctypes
 import os
+import platform
 import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEEP_BYTES = 1 << 30
@@ -52,3 +57,24 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report."""
+    packages = ("hdistill", "torch", "ray", "diffusers", "pyarrow", "clean-fid", "mlflow", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "cpus": available_cpus(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def process_started() -> float:
+    """When this process began, in `time.time` seconds; now, where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from pipelines.artifacts import fingerprint
 from pipelines.data import DataConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.precompute import PrecomputeConfig
+from pipelines.stages import FREE_STAGE_FIELDS, StageConfig, TrainConfig
 from pipelines.teachers import TeacherConfig
 from pipelines.tracking import TrackConfig
-from pipelines.train import StageConfig, TrainConfig
 
 TEACHER = "teacher"
 
@@ -63,8 +64,19 @@ class Recipe:
                 raise ValueError(f"stages.{name}: a stage's name is letters, digits and underscores, and not 'teacher'")
             if stage.start not in earlier:
                 raise ValueError(f"stages.{name}.start: {stage.start!r} is not one of {', '.join(earlier)}")
+            self._check_batch(name, stage)
             self._check_trajectories(name, stage)
             earlier.append(name)
+
+    def _check_batch(self, name: str, stage: StageConfig) -> None:
+        workers = max(1, self.train.num_workers)
+        if stage.batch_size % workers:
+            raise ValueError(f"stages.{name}.batch_size: {stage.batch_size} does not divide among {workers} workers")
+        if "trajectories" in stage.objective.needs and stage.batch_size > self.precompute.num_samples:
+            raise ValueError(
+                f"stages.{name}.batch_size: {stage.batch_size} rows are more than the {self.precompute.num_samples}"
+                " trajectories that there will be (precompute.num_samples)"
+            )
 
     def _check_trajectories(self, name: str, stage: StageConfig) -> None:
         grid = self.precompute.grid
@@ -119,15 +131,19 @@ _FREE = (
     "precompute.gpus_per_actor",
     "precompute.batch_size",
     "evaluate.batch_size",
+    "evaluate.solvers",
+    *(f"stages.*.{name}" for name in FREE_STAGE_FIELDS),
 )
-"""Fields that say how and where, not what: changing them changes no result."""
+"""Patterns of fields that say how, where and what else, not what: changing them changes no result that is there."""
 
 
 def determining(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's plain form without the fields that change no result."""
 
     def strip(part: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        kept = {key: item for key, item in part.items() if f"{prefix}{key}" not in _FREE}
+        kept = {
+            key: item for key, item in part.items() if not any(fnmatchcase(f"{prefix}{key}", free) for free in _FREE)
+        }
         return {k: strip(v, f"{prefix}{k}.") if isinstance(v, Mapping) else v for k, v in kept.items()}
 
     return strip(values, "")

@@ -1,7 +1,5 @@
 """The main job: precompute, train the stages, evaluate, report; each part reused where it is finished already."""
 
-import os
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,24 +9,29 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
 from hd_core.objectives.sfd import SFD
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
+from pipelines.cluster import stop_ray
 from pipelines.data import DataSplits, load_images
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
 from pipelines.features import Extractor, load_extractor
-from pipelines.precompute import precompute, trajectory_spec
-from pipelines.process import available_cpus, default_device
+from pipelines.journal import Status
+from pipelines.precompute import precompute, start_for, trajectory_spec
+from pipelines.process import default_device, environment
 from pipelines.progress import bar
 from pipelines.recipe import TEACHER, Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, ShardSetSpec, write_shard
+from pipelines.stages import StageJob, stage_inputs
 from pipelines.teachers import Teacher, load_teacher
-from pipelines.tracking import NoopTracker, Tracker, attach, open_tracker
-from pipelines.train import Curve, StageJob, Watch, stage_inputs, train_stage
+from pipelines.tracking import NoopTracker, Tracker, open_tracker
+from pipelines.train import train_stage
+from pipelines.trainer import Watch
+from pipelines.watching import RemoteWatch, follow, log_point
 
 IMAGE_SHARD_ROWS = 4096
 T = TypeVar("T")
@@ -181,7 +184,7 @@ class Run:
                 yield
                 self.tracker.finish("FINISHED")
             except BaseException as error:
-                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                self.tracker.finish(ending(error))
                 raise
 
     def train_stages(self, names: Sequence[str]) -> None:
@@ -228,16 +231,24 @@ class Run:
             self._write_images()
         if not self.recipe.needs_trajectories:
             return
-        with self.phase("precompute") as phase:
-            for file in self.trajectories.damaged():
-                self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
-            phase.reused = self.trajectories.complete
-            if not phase.reused:
-                self._precompute()
+        shards = self.trajectories
+        for file in shards.damaged():
+            self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
+        if shards.complete:
+            self._record("precompute", 0.0, reused=True)
+            return
+        with self.phase("ray start"):
+            start_for(shards, self.recipe.precompute)
+        with self.phase("precompute"):
+            self._precompute()
+        if not self.recipe.train.num_workers and not self._streams():
+            with self.phase("ray stop"):
+                stop_ray()
 
     def _write_images(self) -> None:
         shards, train = self.images, self.splits.train
-        shards.damaged()
+        for file in shards.damaged():
+            self.say(f"[yellow]shard {file} of images is missing or damaged: writing it again[/]")
         for index in shards.missing:
             ids = shards.spec.ids(index)
             part = slice(ids.start, ids.stop)
@@ -252,8 +263,6 @@ class Run:
             counter = _Counter(done, show)
             show(done)
             precompute(shards, recipe.precompute, recipe.teacher, recipe.seed, counter.add)
-        if not recipe.train.num_workers and not self._streams():
-            stop_ray()
 
     def _streams(self) -> bool:
         return self.trajectories.spec.bytes > self.recipe.train.resident_bytes
@@ -265,25 +274,41 @@ class Run:
             phase.reused = job.finished() is not None
             if phase.reused:
                 return
-            if job.manifest.is_file():
-                self.say(
-                    f"[yellow]{job.weights} is missing or damaged (its hash does not fit): training {name} again[/]"
-                )
-            tracker = self.tracker.child(name, {"stage": name, "fingerprint": fingerprint(job.inputs)})
-            tracker.params(self.recipe.to_dict()["stages"][name])
-            with bar(self.console, f"train {name}", job.stage.num_steps) as show:
+            self._say_why_again(job)
+            self._train(job)
+
+    def _say_why_again(self, job: StageJob) -> None:
+        manifest = read_json(job.manifest)
+        if manifest and manifest["start_sha256"] != job.start_hash():
+            self.say(f"[yellow]what {job.name} started from was made again: training {job.name} again[/]")
+        elif manifest:
+            self.say(
+                f"[yellow]{job.weights} is missing or damaged (its hash does not fit): training {job.name} again[/]"
+            )
+
+    def _train(self, job: StageJob) -> None:
+        tracker = self._stage_tracker(job)
+        tracker.params(self.recipe.to_dict()["stages"][job.name])
+        try:
+            with bar(self.console, f"train {job.name}", job.stage.num_steps) as show:
                 if job.train.num_workers:
                     self._train_remotely(job, tracker, show)
                 else:
-                    watch = Watch(progress=show, logged=partial(_log, tracker), note=self.say)
+                    watch = Watch(progress=show, logged=partial(log_point, tracker), note=self.say)
                     train_stage(job, lambda: watch)
-            tracker.artifact(job.weights, "model")
-            tracker.finish("FINISHED")
+        except BaseException as error:
+            tracker.finish(ending(error))
+            raise
+        tracker.artifact(job.weights, "model")
+        tracker.finish("FINISHED")
+
+    def _stage_tracker(self, job: StageJob) -> Tracker:
+        return self.tracker.child(job.name, {"stage": job.name, "fingerprint": fingerprint(job.inputs)})
 
     def _train_remotely(self, job: StageJob, tracker: Tracker, show: Callable[[int], None]) -> None:
         remote = RemoteWatch(self.recipe.track, tracker.run_id, self.dir.path.resolve(), default_store(self.dir))
         done = threading.Event()
-        follower = threading.Thread(target=_follow, args=(job.curve, show, done), daemon=True)
+        follower = threading.Thread(target=follow, args=(job.curve, show, done), daemon=True)
         follower.start()
         try:
             train_stage(job, remote)
@@ -319,6 +344,10 @@ class Run:
         name = f"{row.stage or row.generator}_{row.solver}"
         metrics = {f"fid_{row.fid_features}": row.fid, "precision": row.precision, "recall": row.recall}
         self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
+        if row.stage:
+            tracker = self._stage_tracker(self.job(row.stage))
+            tracker.metrics(metrics, step=self.recipe.stages[row.stage].num_steps)
+            tracker.finish("FINISHED")
 
     def report(self, rows: list[Row]) -> Report:
         """Write report.json, report.html and the pictures."""
@@ -343,7 +372,7 @@ class Run:
             recipe=self.recipe.to_dict(),
             fingerprint=self.recipe.fingerprint,
             rows=rows,
-            phases=self.phases,
+            phases=list(self.phases),
             reference=reference,
             environment=environment(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -384,30 +413,9 @@ class _Counter:
         self._show(self._done)
 
 
-@dataclass(frozen=True)
-class RemoteWatch:
-    """Makes the `Watch` of a first worker in another process: it logs to the tracker's run by itself."""
-
-    config: Any
-    run_id: str
-    run_dir: Path
-    store: Path
-
-    def __call__(self) -> Watch:
-        tracker = attach(self.config, run_id=self.run_id, run_dir=self.run_dir, default_store=self.store)
-        return Watch(logged=partial(_log, tracker), done=tracker.flush)
-
-
-def _log(tracker: Tracker, step: int, values: dict[str, float]) -> None:
-    tracker.metrics(values, step)
-
-
-def _follow(curve: Path, show: Callable[[int], None], done: threading.Event) -> None:
-    """Show a remote worker's progress from the curve that it writes."""
-    while not done.wait(1.0):
-        lines = Curve.read(curve)
-        if lines:
-            show(int(lines[-1]["step"]))
+def ending(error: BaseException) -> Status:
+    """How a tracked run ended that raised."""
+    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
 def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
@@ -428,32 +436,3 @@ def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
 def default_store(run_dir: RunDir) -> Path:
     """The sqlite file for tracking, shared by the run directories beside this one."""
     return run_dir.path.resolve().parent / "mlflow.db"
-
-
-def stop_ray() -> None:
-    """Give the cores back, if this process started or joined a cluster."""
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the report."""
-    packages = ("hdistill", "torch", "ray", "diffusers", "pyarrow", "clean-fid", "mlflow", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "cpus": available_cpus(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def process_started() -> float:
-    """When this process began, in `time.time` seconds; now, where the system does not tell."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return time.time()

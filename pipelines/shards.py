@@ -170,6 +170,8 @@ class ShardSet:
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
             return cls(folder, spec, {})
+        if not {"fingerprint", "shards"} <= manifest.keys():
+            raise ValueError(f"{folder / 'manifest.json'} is no manifest of shards; delete it to have them made again")
         if manifest["fingerprint"] != spec.fingerprint:
             made_with = {key: manifest.get(key) for key in spec.metadata() if key != "fingerprint"}
             wanted = {key: value for key, value in spec.metadata().items() if key != "fingerprint"}

@@ -14,6 +14,7 @@ from hd_core.networks.student import FlowMapStudent
 from hd_core.objectives.turns import Cast
 from hd_core.random import Draws
 from hd_core.step import TrainState, train_step
+from pipelines.cast import build
 from pipelines.checkpoints import (
     latest_step,
     load_latest,
@@ -22,8 +23,9 @@ from pipelines.checkpoints import (
     save_checkpoint,
     save_weights,
 )
+from pipelines.feed import Feed
+from pipelines.stages import StageJob, step_seed
 from pipelines.teachers import Teacher
-from pipelines.train import Feed, StageJob, build, step_seed
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import open_run
 

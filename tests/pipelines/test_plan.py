@@ -12,7 +12,7 @@ from hd_core.objectives.mean_velocity import MeanVelocity
 from hd_core.objectives.sfd import SFD
 from pipelines.plan import Item, calls_per_row, plan, print_plan
 from pipelines.recipe import load
-from pipelines.train import StageConfig
+from pipelines.stages import StageConfig
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import STAGES, make_trajectories, tiny_recipe, tree
 

@@ -36,6 +36,8 @@ FREE = {
     "precompute.gpus_per_actor",
     "precompute.batch_size",
     "evaluate.batch_size",
+    *(f"stages.{stage}.{name}" for stage in DIGITS.stages for name in ("label", "log_every", "checkpoint_every")),
+    *(f"evaluate.solvers.{solver}" for solver in DIGITS.evaluate.solvers),
 }
 WORDS = {
     "data.kind": {"data.kind": "folder", "data.path": "/pictures"},

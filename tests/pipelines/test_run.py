@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 
 from hd_core import step
 from pipelines import run as running
-from pipelines import train as training
+from pipelines import trainer as training
 from pipelines.artifacts import RunDir
+from pipelines.cast import build
 from pipelines.evaluate import Evaluator
+from pipelines.process import process_started
 from pipelines.report import read_report
-from pipelines.run import check_recipe, default_store, process_started
+from pipelines.run import check_recipe, default_store
 from pipelines.shards import ShardSet
+from pipelines.stages import Curve
 from pipelines.tracking import NoopTracker
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import STAGES, UNTRACKED, hdistill, make_trajectories, open_run, tiny_recipe, tree
@@ -68,7 +71,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, moment: int, error: BaseExceptio
 
 def losses(run_dir: Path) -> dict[str, list[dict[str, float]]]:
     """The curve of each stage, without its clock."""
-    curves = {name: training.Curve.read(run_dir / "stages" / name / "metrics.jsonl") for name in STAGES}
+    curves = {name: Curve.read(run_dir / "stages" / name / "metrics.jsonl") for name in STAGES}
     return {name: [{k: v for k, v in point.items() if k != "seconds"} for point in c] for name, c in curves.items()}
 
 
@@ -248,10 +251,10 @@ def test_data_that_does_not_fit_the_teacher_is_refused_before_anything_is_made(f
 
 def test_a_batch_larger_than_the_data_is_refused_in_one_line(finished: Finished, tmp_path: Path):
     settings = (*UNTRACKED, "--set", "stages.sketch.batch_size=65")
-    make_trajectories(tiny_recipe(tmp_path, "stages.sketch.batch_size=65"), tmp_path / "run")
     result = hdistill("train", finished.recipe_file, "--run-dir", tmp_path / "run", *settings)
     assert result.exit_code == 2
-    assert "a batch of 65 rows does not fit" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "65 rows are more than the 64 trajectories" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_that_diverges_says_where_and_exits_with_1(finished: Finished, tmp_path: Path):
@@ -299,6 +302,8 @@ def test_a_damaged_shard_is_named_and_made_again(finished: Finished, copied: Fin
         make_trajectories(finished.recipe, copied.run_dir, shards)
 
     monkeypatch.setattr(running, "precompute", again)
+    monkeypatch.setattr(running, "start_for", lambda *_: 1)
+    monkeypatch.setattr(running, "stop_ray", lambda: None)
     result = hdistill("precompute", *copied.arguments, *UNTRACKED)
     assert result.exit_code == 0, result.output
     assert "shard part-00001.parquet is missing or damaged" in " ".join(result.output.split())
@@ -388,7 +393,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(
 
 def test_a_later_stage_starts_from_the_average_of_the_earlier(finished: Finished):
     job = open_run(finished.recipe, finished.run_dir).job("refine")
-    state, _ = training.build(job, open_run(finished.recipe, finished.run_dir).teacher)
+    state, _ = build(job, open_run(finished.recipe, finished.run_dir).teacher)
     stored = load_file(finished.run_dir / "stages" / "sketch" / "student.safetensors")
     for key, value in state.players["student"].network.state_dict().items():
         assert torch.equal(value, stored[key])

@@ -17,10 +17,13 @@ import torch
 from pipelines import recipe as recipes
 from pipelines.artifacts import file_hash
 from pipelines.batches import BatchPlan, resident, streamed
+from pipelines.cast import build
 from pipelines.recipe import Recipe
 from pipelines.run import Run
 from pipelines.shards import Rows
-from pipelines.train import Curve, StageJob, TrainConfig, Watch, _fit, build, train_stage
+from pipelines.stages import Curve, StageJob, TrainConfig
+from pipelines.train import _fit, train_stage
+from pipelines.trainer import Watch
 from tests.pipelines import tiny
 
 SMALL = """\
@@ -290,7 +293,7 @@ def test_a_batch_that_does_not_divide_is_one_line_at_the_command(home: Home, wit
     )
     assert result.exit_code == 2
     assert [line for line in result.stderr.splitlines() if line] == [
-        "error: stage sketch: batch_size 32 does not divide among 3 workers"
+        "error: recipe: stages.sketch.batch_size: 32 does not divide among 3 workers"
     ]
 
 

@@ -1,0 +1,189 @@
+"""What a training stage is: its configuration, its files, and all that determines its result."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hd_core.networks.awd import AWDConfig
+from hd_core.objectives.dmd import DMD
+from hd_core.objectives.mean_velocity import MeanVelocity
+from hd_core.objectives.sfd import SFD
+from hd_core.random import fold_in
+from hd_core.step import OptimizerConfig
+from pipelines.artifacts import atomic_path, ensure_same, file_hash, read_json
+from pipelines.shards import ShardSet
+from pipelines.teachers import TeacherConfig
+
+Logged = dict[str, float]
+
+FREE_STAGE_FIELDS = ("label", "log_every", "checkpoint_every")
+"""Fields of a stage that change nothing of what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayersConfig:
+    """How each player moves."""
+
+    student: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The generator that is trained."""
+    fake_score: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The network that follows the generator's distribution."""
+    discriminator: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The token-weighted heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One training stage."""
+
+    start: str = "teacher"
+    """What the student's weights start from: the teacher, or an earlier stage."""
+    label: str = ""
+    """What the report calls its generator; empty: the stage's own name."""
+    objective: MeanVelocity | DMD | SFD
+    """The method, by its ``name``."""
+    num_steps: int = 500
+    """Iterations."""
+    batch_size: int = 128
+    """Rows of the global batch, whatever the number of workers."""
+    ema_decay: float = 0.99
+    """Decay of the average that is sampled and passed on."""
+    optimizers: PlayersConfig = field(default_factory=PlayersConfig)
+    """How each player moves."""
+    discriminator: AWDConfig = field(default_factory=AWDConfig)
+    """The discriminator's heads, where the objective has one."""
+    log_every: int = 10
+    """Iterations between points of the training curve."""
+    checkpoint_every: int = 200
+    """Iterations between checkpoints: what a kill can cost."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; given {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1); given {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How training is spread."""
+
+    num_workers: int = 0
+    """0: in this process, without a cluster. 1 or more: that many Ray Train workers."""
+    cpus_per_worker: float = 1.0
+    """CPUs of each worker, which set its threads."""
+    gpus_per_worker: int = 0
+    """GPUs of each worker. In this process (no workers) a GPU is used where there is one."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Precision of the networks' matrix products; parameters and losses stay float32."""
+    resident_bytes: int = 2 * 2**30
+    """A shard set up to this size is held in each worker's memory; a larger one streams through Ray Data."""
+    max_failures: int = 3
+    """Worker failures that are survived by restarting from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0 or self.max_failures < 0 or self.resident_bytes < 0:
+            raise ValueError("num_workers, max_failures and resident_bytes must not be negative")
+        if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
+            raise ValueError(
+                "cpus_per_worker must be positive and gpus_per_worker not negative;"
+                f" given {self.cpus_per_worker} and {self.gpus_per_worker}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """All that a worker needs to train one stage: plain values, which travel to any machine."""
+
+    name: str
+    stage: StageConfig
+    train: TrainConfig
+    teacher: TeacherConfig
+    seed: int
+    folder: str
+    """Where checkpoints, curve and weights go; the same path on every worker."""
+    start_weights: str
+    """Weights that the student starts from; empty: the teacher's own."""
+    trajectories: ShardSet | None
+    images: ShardSet | None
+    inputs: dict[str, Any]
+    """What determines the result; a checkpoint from other inputs is refused."""
+
+    @property
+    def data(self) -> list[ShardSet]:
+        """The shard sets that the objective reads."""
+        return [shards for shards in (self.trajectories, self.images) if shards is not None]
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.folder) / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return Path(self.folder) / "student.safetensors"
+
+    @property
+    def manifest(self) -> Path:
+        return Path(self.folder) / "stage.json"
+
+    @property
+    def curve(self) -> Path:
+        return Path(self.folder) / "metrics.jsonl"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The stage's manifest, if the stage is done and whole.
+
+        Raises:
+            ValueError: it was made from other inputs.
+        """
+        manifest = read_json(self.manifest)
+        if manifest is None:
+            return None
+        ensure_same(f"stage {self.name} in {self.folder}", manifest["inputs"], self.inputs)
+        whole = self.weights.is_file() and file_hash(self.weights) == manifest["sha256"]
+        return manifest if whole and manifest["start_sha256"] == self.start_hash() else None
+
+    def start_hash(self) -> str:
+        """Hash of the weights that the student starts from; empty where they are the teacher's, or are not there."""
+        path = Path(self.start_weights)
+        return file_hash(path) if self.start_weights and path.is_file() else ""
+
+
+def stage_inputs(
+    stage: StageConfig, train: TrainConfig, upstream: dict[str, str], seed: int, name: str
+) -> dict[str, Any]:
+    """All that determines a stage's result."""
+    settings = asdict(stage)
+    for free in (*FREE_STAGE_FIELDS, "start"):
+        settings.pop(free)
+    return json.loads(json.dumps({**settings, "autocast": train.autocast, "seed": seed, "name": name, **upstream}))
+
+
+def step_seed(job: StageJob, step: int) -> int:
+    """Seed of one step's draws."""
+    return fold_in(job.seed, "stage", job.name, "step", step)
+
+
+class Curve:
+    """The training curve: one JSON line a logged step, cut back to the checkpoint on a restart."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in self.read(path) if line["step"] <= step]
+        self.seconds: float = kept[-1]["seconds"] if kept else 0.0
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, float]]:
+        """All whole lines of a curve."""
+        lines = path.read_text().splitlines() if path.is_file() else []
+        whole = [line for line in lines if line.endswith("}")]
+        return [json.loads(line) for line in whole]
+
+    def add(self, step: int, values: Logged) -> None:
+        """Append one point."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
