@@ -292,6 +292,19 @@ def test_weights_that_come_out_differently_are_measured_again(
     assert new["sketch"] == old["sketch"] and new["sfd_2"].train_seconds != old["sfd_2"].train_seconds
 
 
+def test_a_stage_is_trained_again_after_what_it_started_from(
+    finished: Finished, copied: Finished, monkeypatch: pytest.MonkeyPatch
+):
+    (copied.run_dir / "stages" / "sketch" / "student.safetensors").unlink()
+    monkeypatch.setattr(step, "warmed_decay", lambda *_: 0.5)
+    result = hdistill("run", *copied.arguments, *UNTRACKED)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "what refine started from was made again: training refine again" in said
+    assert "Reused: precompute, sfd_2, sfd_4." in said
+    assert weights(copied.run_dir)["refine"] != weights(finished.run_dir)["refine"]
+
+
 def test_a_damaged_shard_is_named_and_made_again(finished: Finished, copied: Finished, monkeypatch: pytest.MonkeyPatch):
     before = tree(copied.run_dir / "trajectories")
     shard = copied.run_dir / "trajectories" / "part-00001.parquet"
