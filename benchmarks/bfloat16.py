@@ -1,6 +1,6 @@
 """What bfloat16 autocast gains and costs on this CPU: seconds of each stage and FID of its student, paired.
 
-    python -m benchmarks.bfloat16 [--quick]
+    python -m benchmarks.bfloat16 [--quick] [--rounds 3]
 
 The sketch and the refinement of the digits recipe are trained in full with and without autocast, alternately, on the
 same trajectories; sampling is float32 in both.
@@ -61,10 +61,11 @@ def main() -> None:
     """Alternate the two precisions and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     prepare_process()
     measured: dict[str, list[dict[str, float]]] = {"none": [], "bfloat16": []}
-    for round_ in range(1 if options.quick else 3):
+    for round_ in range(1 if options.quick else options.rounds):
         for autocast, rows in measured.items():
             settings = (f"seed={round_}", *(QUICK if options.quick else ()))
             with tempfile.TemporaryDirectory() as folder:

@@ -111,8 +111,8 @@ class Report:
     phases: list[Phase]
     """Where the seconds went, in order."""
     reference: dict[str, Any]
-    """`real_fid`: FID of the real training images against the held-out reference; `halves_fid`: of one half of the real
-    images against the other; `num_reference`: images in the reference; `fid_features`: the feature net."""
+    """`real_fid`: FID of the real training images against the held-out reference; `halves_fid`: of one half of that
+    reference against the other; `num_reference`: images in the reference; `fid_features`: the feature net."""
     environment: dict[str, Any]
     """Versions, processor count and the like."""
     created: str
