@@ -1,6 +1,6 @@
 """Metrics against closed forms, then longhand loops, then clean-fid."""
 
-import sys
+import importlib
 import warnings
 from types import ModuleType
 
@@ -15,6 +15,7 @@ from hd_core.metrics.frechet import covariance_factor, frechet_distance, trace_o
 from hd_core.metrics.kernel import kernel_distance
 from hd_core.metrics.prdc import PrecisionRecall, precision_recall
 from hd_core.metrics.statistics import Moments, merge_in_order
+from pipelines.torchvision_ops import declare_missing_operators
 
 Rows = Float64[np.ndarray, "n d"]
 
@@ -299,15 +300,9 @@ class TestPrecisionRecall:
 
 @pytest.fixture
 def clean_fid() -> ModuleType:
-    """clean-fid, also where a CUDA build of torchvision meets a torch without CUDA and lacks two operator schemas."""
-    try:
-        return pytest.importorskip("cleanfid.fid")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "cleanfid")]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return pytest.importorskip("cleanfid.fid")
+    """clean-fid, also where a CUDA build of torchvision meets a torch without CUDA."""
+    declare_missing_operators()
+    return importlib.import_module("cleanfid.fid")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
