@@ -185,6 +185,11 @@ class RunDir:
         """Figures of each generator, and the pictures of its first samples."""
         return self.path / "evaluate"
 
+    @property
+    def holds_results(self) -> bool:
+        """Whether anything was computed here that another recipe would clash with."""
+        return any(part.is_dir() for part in (self.trajectories, self.images, self.path / "stages", self.evaluation))
+
     def stage(self, name: str) -> Path:
         """Checkpoints, curve and final weights of one stage."""
         return self.path / "stages" / name

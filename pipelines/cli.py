@@ -120,6 +120,8 @@ def precompute(recipe: "Recipe", run_dir: Path) -> None:
 @click.option("--stage", "stages", multiple=True, help="Train only this stage and those it starts from; repeatable.")
 def train(recipe: "Recipe", run_dir: Path, stages: tuple[str, ...]) -> None:
     """Only train the stages of RECIPE, making the trajectories first where they are missing."""
+    for stage in stages:
+        recipe.require_stage(stage)
     _open(recipe, run_dir).partial(lambda job: job.train_stages(stages))
 
 

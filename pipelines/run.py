@@ -163,8 +163,9 @@ class Run:
 
     def execute(self, started: float) -> Report:
         """Do everything that is not done; ``started`` is when the process began, in `time.time` seconds."""
+        _ = self.extractor
         with self._session():
-            self._start(started)
+            self._record("start", time.time() - started, reused=False)
             self.train_stages(())
             return self.report(self.evaluate())
 
@@ -177,6 +178,7 @@ class Run:
     def _session(self) -> Iterator[None]:
         """Hold the directory, and record how it ended; a directory of another recipe is left as it is."""
         check_recipe(self.dir, self.recipe)
+        _ = self.teacher, self.splits  # a mistake in them leaves the directory unclaimed
         with self.dir.locked():
             self._claim()
             self._open_tracker()
@@ -220,10 +222,6 @@ class Run:
         )
         self.tracker.params(recipe.to_dict())
         write_json(self.dir.state, {**state, "run_id": self.tracker.run_id})
-
-    def _start(self, started: float) -> None:
-        _ = self.teacher, self.splits, self.extractor
-        self._record("start", time.time() - started, reused=False)
 
     def prepare_shards(self) -> None:
         """Real images and teacher trajectories, as far as any stage reads them."""
@@ -424,7 +422,7 @@ def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
     Raises:
         ValueError: it names the fields that differ.
     """
-    made_with = read_json(run_dir.recipe)
+    made_with = read_json(run_dir.recipe) if run_dir.holds_results else None
     differing = differences(determining(made_with), determining(recipe.to_dict())) if made_with else []
     if differing:
         raise ValueError(

@@ -428,3 +428,16 @@ def test_generator_keys_and_labels(finished: Finished):
 
 def test_the_process_started_before_now_and_after_the_machine():
     assert 0 < time.time() - process_started() < float(Path("/proc/uptime").read_text().split()[0]) + 1
+
+
+def test_a_mistake_before_any_result_does_not_claim_the_directory(finished: Finished, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    wrong = hdistill(
+        "run", finished.recipe_file, "--run-dir", run_dir, *UNTRACKED, "--set", "teacher.path=/nowhere/at/all"
+    )
+    assert wrong.exit_code == 2 and not (run_dir / "recipe.json").exists()
+    (run_dir / "recipe.json").write_text('{"seed": 77}')  # as a run that was stopped at once leaves it
+    check_recipe(RunDir(run_dir), finished.recipe)
+    (run_dir / "stages").mkdir()
+    with pytest.raises(ValueError, match="made by another recipe"):
+        check_recipe(RunDir(run_dir), finished.recipe)
