@@ -80,12 +80,6 @@ def _whole(about_path: Path, path: Path) -> dict[str, Any] | None:
         return None
 
 
-def latest_step(folder: Path) -> int:
-    """Step of the newest checkpoint, unverified; 0 where there is none."""
-    names = sorted(path.stem for path in folder.glob("step-*.json"))
-    return int(names[-1].removeprefix("step-")) if names else 0
-
-
 def remove_checkpoints(folder: Path) -> None:
     """Drop what a finished stage no longer needs."""
     shutil.rmtree(folder, ignore_errors=True)
