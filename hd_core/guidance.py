@@ -5,12 +5,17 @@ import torch
 from hd_core.types import Condition, Images, Times, Velocity
 
 
+def branches(scale: float) -> int:
+    """Network calls that one guided velocity costs: scale 1 needs no unconditional one."""
+    return 1 if scale == 1 else 2
+
+
 def guided(velocity: Velocity, null_condition: Condition | None, scale: float) -> Velocity:
     """Guide a velocity: ``v_null + scale (v_condition - v_null)``; one doubled call.
 
     ``null_condition`` holds one row, which stands for every row. Scale 1 is the velocity itself, untouched.
     """
-    if scale == 1:
+    if branches(scale) == 1:
         return velocity
     if null_condition is None:
         raise ValueError(f"guidance at scale {scale} needs a null condition, and this teacher has none; use scale 1")

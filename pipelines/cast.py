@@ -32,9 +32,8 @@ def build(job: StageJob, teacher: Teacher) -> tuple[TrainState, Cast]:
     features = None
     if "discriminator" in stage.objective.players:
         networks["discriminator"], features = _discriminator(job, teacher)
-    device = next(teacher.backbone.parameters()).device
     for network in networks.values():
-        network.to(device)
+        network.to(teacher.device)
     optimizers = {name: getattr(stage.optimizers, name) for name in networks}
     average = copy.deepcopy(networks["student"]).eval().requires_grad_(False)
     state = TrainState(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hd_core.guidance import branches
 from hd_core.metrics.frechet import frechet_distance
 from hd_core.metrics.prdc import precision_recall
 from hd_core.metrics.statistics import Moments, merge_in_order
@@ -105,7 +106,6 @@ class Generator:
 
 def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale: float) -> Iterator[Generator]:
     """The teacher at every solver and step count that is asked for."""
-    branches = 1 if guidance_scale == 1 else 2
     for solver, counts in config.solvers.items():
         for steps in counts:
             yield Generator(
@@ -113,7 +113,7 @@ def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale:
                 stage="",
                 solver=solver,
                 grid=tuple(config.grid.times(steps).tolist()),
-                calls_per_image=steps * SOLVERS[solver].calls_per_step * branches,
+                calls_per_image=steps * SOLVERS[solver].calls_per_step * branches(guidance_scale),
                 train_seconds=0.0,
                 identity=f"{teacher.fingerprint}@{guidance_scale:g}",
             )

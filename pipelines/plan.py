@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hd_core.guidance import branches
 from hd_core.networks.student import FlowMapStudent
 from pipelines.artifacts import RunDir
 from pipelines.recipe import Recipe, to_yaml
@@ -60,11 +61,10 @@ def plan(recipe: Recipe, run_dir: Path) -> Iterator[Item]:
 def _precompute(job: Run) -> Item:
     shards, config = job.trajectories, job.recipe.precompute
     left = sum(len(shards.spec.ids(index)) for index in shards.missing)
-    branches = 1 if job.recipe.teacher.guidance_scale == 1 else 2
     return Item(
         phase="precompute",
         reused=_share(shards.spec.rows - left, shards.spec.rows),
-        calls=left * config.calls_per_sample * branches,
+        calls=left * config.calls_per_sample * branches(job.recipe.teacher.guidance_scale),
         bytes=shards.spec.bytes,
         what=f"{config.num_samples:,} trajectories of {config.intervals} steps, {config.solver}",
     )

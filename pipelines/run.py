@@ -124,6 +124,11 @@ class Run:
         from_teacher = teacher_generators(recipe.evaluate, self.teacher, recipe.teacher.guidance_scale)
         return [*from_teacher, *(self.student(name) for name in recipe.stages)]
 
+    def require_trained(self, name: str) -> None:
+        """Raises ValueError where a stage is not trained yet."""
+        if self.job(name).finished() is None:
+            raise ValueError(f"stage {name} is not trained in {self.dir.path}: run `hdistill train` first")
+
     def student(self, name: str) -> Generator:
         """A trained stage as a generator."""
         stage = self.recipe.stages[name]
@@ -321,8 +326,7 @@ class Run:
             ValueError: a stage is not trained yet.
         """
         for name in self.recipe.stages:
-            if self.job(name).finished() is None:
-                raise ValueError(f"stage {name} is not trained in {self.dir.path}: run `hdistill train` first")
+            self.require_trained(name)
         evaluator = self.evaluator()
         rows: list[Row] = []
         with self.phase("evaluate") as phase:

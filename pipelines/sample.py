@@ -23,8 +23,7 @@ def draw(job: Run, stage: str, *, num: int, label: int | None, seed: int, out: P
     classes = job.teacher.num_classes
     if num < 1 or (label is not None and not 0 <= label < classes):
         raise ValueError(f"--num must be at least 1 and --label from 0 to {classes - 1}; given {num} and {label}")
-    if job.job(stage).finished() is None:
-        raise ValueError(f"stage {stage} is not trained in {job.dir.path}: run `hdistill train` first")
+    job.require_trained(stage)
     generator = job.student(stage)
     labels = torch.full((num,), label) if label is not None else sample_labels(seed, range(num), max(1, classes))
     noise = generator.grid[0] * sample_noise(seed, range(num), job.teacher.shape)
