@@ -59,6 +59,10 @@ class Cast:
     discriminator: Judge | None = None
     features: FeatureMap | None = None
     """Tapped features of the frozen teacher."""
+    null_condition: Condition | None = None
+    """One row of "no class", where the teacher knows it."""
+    mean: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+    """Mean of a detached tensor over the workers, for what an objective must know of the whole global batch."""
 
     @property
     def fake(self) -> Velocity:
