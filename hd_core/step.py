@@ -49,11 +49,9 @@ class OptimizerConfig:
         late = self.decay == "halfway" and progress >= 0.5
         return self.learning_rate * warm * (0.1 if late else 1.0)
 
-    def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
-        """AdamW over a network's parameters."""
-        return torch.optim.AdamW(
-            network.parameters(), self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=True
-        )
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        """AdamW over some parameters."""
+        return torch.optim.AdamW(parameters, self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=True)
 
 
 @dataclass(kw_only=True)
@@ -63,14 +61,14 @@ class Player:
     network: nn.Module
     config: OptimizerConfig
     moves: int = 0
+    parameters: list[nn.Parameter] = field(init=False)
+    """Those that move: the ones that are not frozen when the player is made."""
     optimizer: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = self.config.optimizer(self.network)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.network.parameters())
+        self.parameters = _trainable(self.network)
+        assert self.parameters, "a player whose parameters are all frozen cannot move"
+        self.optimizer = self.config.optimizer(self.parameters)
 
 
 @dataclass(kw_only=True)
@@ -168,11 +166,22 @@ def only(moving: nn.Module, everyone: Iterable[nn.Module]):
 
     Afterwards all are as they were, so that what an objective does between turns is the same at every step.
     """
-    networks = [(network, network.training) for network in everyone]
-    for network, _ in networks:
-        network.requires_grad_(network is moving).train(network is moving)
+    before = [(network, network.training, _trainable(network)) for network in everyone]
+    for network, _, trainable in before:
+        network.train(network is moving)
+        _set_trainable(trainable, network is moving)
     try:
         yield
     finally:
-        for network, training in networks:
-            network.requires_grad_(True).train(training)
+        for network, training, trainable in before:
+            network.train(training)
+            _set_trainable(trainable, True)
+
+
+def _trainable(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(trainable)

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hd_core.paths import t_of_sigma
-from hd_core.types import Grid
+from hd_core.random import Draws
+from hd_core.types import Grid, Times
 
 GridKind = Literal["uniform", "polynomial", "log_snr"]
 
@@ -57,6 +58,37 @@ class GridConfig:
         if self.kind == "polynomial":
             return t_of_sigma(polynomial_sigmas(fraction, high, low, self.rho))
         return t_of_sigma(torch.exp(math.log(high) + fraction * (math.log(low) - math.log(high))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimePairs:
+    """How a pair of times ``t >= r`` is drawn for each row, where any times will do (MeanFlow, section 4.3)."""
+
+    kind: Literal["logit_normal", "uniform"] = "logit_normal"
+    """logit_normal: the sigmoids of two normals, which dwell on the middle. uniform: two uniforms. t is the greater."""
+    t_mean: float = -0.4
+    """Mean of the first normal."""
+    t_std: float = 1.0
+    """Its standard deviation."""
+    r_mean: float = -0.4
+    """Mean of the second normal; the lower it lies, the longer the intervals."""
+    r_std: float = 1.0
+    """Its standard deviation."""
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(mean) for mean in (self.t_mean, self.r_mean)):
+            raise ValueError(f"t_mean and r_mean must be finite; given {self.t_mean} and {self.r_mean}")
+        if not (0 <= self.t_std < math.inf and 0 <= self.r_std < math.inf):
+            raise ValueError(f"t_std and r_std must be finite and >= 0; given {self.t_std} and {self.r_std}")
+
+    def draw(self, draws: Draws) -> tuple[Times, Times]:
+        """``(t, r)`` of each row, the greater first."""
+        if self.kind == "uniform":
+            first, second = draws.uniform("time/first"), draws.uniform("time/second")
+        else:
+            first = torch.sigmoid(self.t_mean + self.t_std * draws.normal("time/first", ()))
+            second = torch.sigmoid(self.r_mean + self.r_std * draws.normal("time/second", ()))
+        return torch.maximum(first, second), torch.minimum(first, second)
 
 
 def polynomial_sigmas(fraction: Float[Tensor, " n"], high: float, low: float, rho: float) -> Float[Tensor, " n"]:

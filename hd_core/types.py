@@ -41,10 +41,20 @@ class Condition:
         """The same condition on another device."""
         return self.map(lambda value: value.to(device))
 
+    def replaced(self, rows: Bool[Tensor, " b"], other: "Condition") -> "Condition":
+        """The condition with some rows replaced by the single row of another, such as "no class"."""
+        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        chosen = {k: None if a is None else a.where(~_wide(rows, a), b) for k, (a, b) in pairs.items()}
+        return Condition(**chosen)
+
     def joined(self, other: "Condition") -> "Condition":
         """Rows of this condition followed by the rows of another."""
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
         return Condition(**{k: None if a is None else torch.cat([a, b]) for k, (a, b) in pairs.items()})
+
+
+def _wide(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
 @runtime_checkable
@@ -80,8 +90,8 @@ class Backbone(Protocol):
 class Judgement:
     """What the discriminator says of each row at each tapped layer."""
 
-    logits: Float[Tensor, "b layers"]
-    """Large for real."""
+    logits: Float[Tensor, "b outputs"]
+    """Large for real: one a layer, or one a token where the heads judge every token for itself."""
     weights: Float[Tensor, "b layers heads n"]
     """Share of each token in each head's verdict; sums to one over tokens."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 Inputs = Mapping[str, Any]
+OTHER_RUN_DIR = "Use another --run-dir"
 
 
 def fingerprint(value: object) -> str:
@@ -61,15 +62,15 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:24]}...{text[-8:]}"
 
 
-def ensure_same(what: str, made_with: Inputs, wanted: Inputs) -> None:
-    """Refuse an artifact that was made from other inputs, naming them.
+def ensure_same(what: str, made_with: Inputs, wanted: Inputs, remedy: str = OTHER_RUN_DIR) -> None:
+    """Refuse an artifact that was made from other inputs, naming them and what to do.
 
     Raises:
         ValueError: the inputs differ.
     """
     differing = differences(made_with, json.loads(json.dumps(wanted)))
     if differing:
-        raise ValueError(f"{what} was made from other inputs: {'; '.join(differing)}. Use another --run-dir")
+        raise ValueError(f"{what} was made from other inputs: {'; '.join(differing)}. {remedy}")
 
 
 @contextmanager

@@ -18,17 +18,28 @@ from hd_core.step import Player, TrainState
 from pipelines.checkpoints import load_weights
 from pipelines.stages import StageJob
 from pipelines.teachers import Teacher
+from pipelines.torchvision_ops import declare_missing_operators
 
 
-def build(job: StageJob, teacher: Teacher) -> tuple[TrainState, Cast]:
-    """Networks, optimisers and average of a stage at step 0, and the cast that its objective calls."""
+def build(
+    job: StageJob, teacher: Teacher, mean: Callable[[Tensor], Tensor] = lambda value: value
+) -> tuple[TrainState, Cast]:
+    """Networks, optimisers and average of a stage at step 0, and the cast that its objective calls.
+
+    ``mean`` is the mean over workers.
+
+    Raises:
+        ValueError: the teacher lacks what the objective asks of it.
+    """
     stage, dtype = job.stage, job.train.autocast
+    if getattr(stage.objective, "label_dropout", 0) and teacher.null_condition is None:
+        raise ValueError(f'stage {job.name}: label_dropout needs a teacher that knows "no class"; set it to 0')
     with _seeded(job, "student"):  # its interval embedding is new
-        networks: dict[PlayerName, nn.Module] = {"student": FlowMapStudent(copy.deepcopy(teacher.backbone))}
+        networks: dict[PlayerName, nn.Module] = {"student": FlowMapStudent(_unfrozen(teacher.backbone))}
     if job.start_weights:
         load_weights(Path(job.start_weights), networks["student"])
     if "fake_score" in stage.objective.players:
-        networks["fake_score"] = copy.deepcopy(teacher.backbone)
+        networks["fake_score"] = _fake_score(job, teacher)
     features = None
     if "discriminator" in stage.objective.players:
         networks["discriminator"], features = _discriminator(job, teacher)
@@ -42,23 +53,41 @@ def build(job: StageJob, teacher: Teacher) -> tuple[TrainState, Cast]:
         ema_decay=stage.ema_decay,
     )
     cast = Cast(
-        teacher=in_precision(teacher.velocity(job.teacher.guidance_scale), dtype),
+        teacher=in_precision(teacher.velocity(job.guidance_scale), dtype),
         student=in_precision(networks["student"], dtype),
         fake_score=in_precision(networks["fake_score"], dtype) if "fake_score" in networks else None,
         discriminator=networks.get("discriminator"),
         features=features,
+        null_condition=None if teacher.null_condition is None else teacher.null_condition.to(teacher.device),
+        mean=mean,
     )
     return state, cast
+
+
+def _unfrozen(backbone: nn.Module) -> nn.Module:
+    return copy.deepcopy(backbone).requires_grad_(True)
+
+
+def _fake_score(job: StageJob, teacher: Teacher) -> nn.Module:
+    config = job.stage.fake_score
+    if config.kind == "full":
+        return _unfrozen(teacher.backbone)
+    declare_missing_operators()  # peft imports transformers, and that torchvision
+    from peft import LoraConfig, inject_adapter_in_model
+
+    backbone = copy.deepcopy(teacher.backbone)
+    linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    adapters = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=linears)  # pyright: ignore[reportArgumentType]
+    with _seeded(job, "fake_score"):
+        return inject_adapter_in_model(adapters, backbone)
 
 
 def _discriminator(job: StageJob, teacher: Teacher) -> tuple[nn.Module, FeatureTaps]:
     layers = job.stage.discriminator.layers
     taps = FeatureTaps(teacher.backbone, teacher.blocks, layers)
-    widths = {teacher.feature_widths[layer] for layer in layers}
-    if len(widths) > 1:
-        raise ValueError(f"stage {job.name}: tapped layers {list(layers)} have different widths {sorted(widths)}")
+    widths = [teacher.feature_widths[layer] for layer in layers]
     with _seeded(job, "discriminator"):
-        return AdaptiveWeightedDiscriminator(widths.pop(), job.stage.discriminator), taps
+        return AdaptiveWeightedDiscriminator(widths, job.stage.discriminator), taps
 
 
 @contextmanager

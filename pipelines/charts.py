@@ -33,7 +33,7 @@ def fid_against_nfe(rows: Sequence["Row"], *, real_fid: float | None = None, the
     """A PNG of FID against network calls, both logarithmic: a line for each generator and solver, named beside it."""
     if not rows:
         raise ValueError("there is no row to draw FID against network calls from")
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         axes = figure.add_subplot(
             xlabel="network calls a picture (NFE)", ylabel=f"FID ({rows[0].fid_features} features)"
@@ -44,7 +44,7 @@ def fid_against_nfe(rows: Sequence["Row"], *, real_fid: float | None = None, the
             axes.axhline(real_fid, color=theme.muted, linestyle=(0, (2, 2)), linewidth=1.2, zorder=1)
             lines.append(("real training images", theme.muted, np.array([[x, real_fid] for x in axes.get_xlim()])))
         _place_labels(figure, axes, lines)
-        return _chart_png(figure)
+        return to_png(figure)
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], *, theme: Theme = LIGHT) -> bytes:
@@ -56,22 +56,22 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], *, them
     if not panels:
         raise ValueError("no stage has logged a value named loss/...")
     num_rows, stages = math.ceil(len(panels) / _CURVE_COLUMNS), list(curves)
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9, 0.3 + 1.75 * num_rows), layout="constrained")
         for place, (stage, key) in enumerate(panels):
             axes = figure.add_subplot(num_rows, _CURVE_COLUMNS, place + 1)
             axes.set_title(f"{stage}: {key.removeprefix('loss/')}", loc="left", fontsize=9, color=theme.ink)
             color = theme.students[stages.index(stage) % len(theme.students)]
-            _draw_curve(axes, *_curve(curves[stage], key), color)
+            _draw_curve(axes, *curve(curves[stage], key), color)
         figure.supxlabel("optimiser step", fontsize=9, color=theme.muted)
-        return _chart_png(figure)
+        return to_png(figure)
 
 
 def seconds_by_phase(phases: Sequence["Phase"], *, theme: Theme = LIGHT) -> bytes:
     """A PNG with a bar for each phase, in order, its seconds at the end; a reused phase is hollow and says so."""
     if not phases:
         raise ValueError("there is no phase to draw the seconds of")
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9, 0.75 + 0.3 * len(phases)), layout="constrained")
         axes = figure.add_subplot(xlabel="seconds")
         places, seconds = range(len(phases)), [phase.wall_seconds for phase in phases]
@@ -87,10 +87,11 @@ def seconds_by_phase(phases: Sequence["Phase"], *, theme: Theme = LIGHT) -> byte
             axes.annotate(
                 text, (phase.wall_seconds, place), (5, 0), textcoords="offset points", va="center_baseline", fontsize=9
             )
-        return _chart_png(figure)
+        return to_png(figure)
 
 
-def _style(theme: Theme) -> dict[Any, Any]:
+def style(theme: Theme) -> dict[Any, Any]:
+    """Settings of matplotlib for a chart of a page."""
     return {
         "font.family": "DejaVu Sans", "font.size": 10, "figure.dpi": _DOTS_PER_INCH,
         "figure.facecolor": theme.paper, "savefig.facecolor": theme.paper, "axes.facecolor": theme.paper,
@@ -101,7 +102,8 @@ def _style(theme: Theme) -> dict[Any, Any]:
     }  # fmt: skip
 
 
-def _chart_png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """A drawn figure as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi="figure")
     return buffer.getvalue()
@@ -221,7 +223,7 @@ def has_losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bool:
     return any(_loss_keys(records) for records in curves.values())
 
 
-def _curve(records: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def curve(records: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one logged name; where a step was logged twice the later stands."""
     last = {record["step"]: record[key] for record in records if key in record and math.isfinite(record[key])}
     steps = sorted(last)
@@ -231,7 +233,7 @@ def _curve(records: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray
 def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
     every = max(1, len(steps) // _CURVE_POINTS)
     axes.plot(steps[::every], values[::every], color=color, linewidth=0.7, alpha=0.35)
-    axes.plot(steps[::every], _running_mean(values)[::every], color=color, linewidth=1.8)
+    axes.plot(steps[::every], running_mean(values)[::every], color=color, linewidth=1.8)
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         axes.set_yscale("log")
     else:
@@ -240,7 +242,7 @@ def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -
     axes.tick_params(labelsize=8)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a twentieth of the values, narrower at the ends."""
     half = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])

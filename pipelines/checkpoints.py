@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hd_core.step import TrainState
-from pipelines.artifacts import Inputs, atomic_path, ensure_same, file_hash, read_json, write_json
+from pipelines.artifacts import OTHER_RUN_DIR, Inputs, atomic_path, ensure_same, file_hash, read_json, write_json
 
 _KEEP = 2
 
@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, state: TrainState, inputs: Inputs) -> None:
         old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def load_latest(folder: Path, state: TrainState, inputs: Inputs) -> list[str]:
+def load_latest(folder: Path, state: TrainState, inputs: Inputs, remedy: str = OTHER_RUN_DIR) -> list[str]:
     """Bring the state to the newest whole checkpoint, if there is one; returns the names of damaged ones passed over.
 
     Raises:
@@ -65,7 +65,7 @@ def load_latest(folder: Path, state: TrainState, inputs: Inputs) -> list[str]:
         if about is None:
             damaged.append(path.name)
             continue
-        ensure_same(f"checkpoint {path}", about["inputs"], inputs)
+        ensure_same(f"checkpoint {path}", about["inputs"], inputs, remedy)
         _restore(state, load_file(path), about)
         return damaged
     return damaged

@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipelines.features import FeatureTask
     from pipelines.recipe import Recipe
     from pipelines.run import Run
 
@@ -55,18 +56,28 @@ def main() -> None:
     """
 
 
-def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """The argument RECIPE and the options that every command on a recipe takes."""
+def _reads_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument RECIPE, and the option that changes it."""
 
     @click.argument("recipe")
     @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one field; may be repeated.")
-    @click.option("--run-dir", type=click.Path(path_type=Path), help=_RUN_DIR)
     @functools.wraps(command)
-    def wrapped(recipe: str, settings: tuple[str, ...], run_dir: Path | None, **options: Any) -> None:
+    def wrapped(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
         from pipelines import recipe as recipes
 
-        loaded = recipes.load(recipe, settings)
-        command(recipe=loaded, run_dir=run_dir or Path("runs") / loaded.name, **options)
+        command(recipe=recipes.load(recipe, settings), **options)
+
+    return wrapped
+
+
+def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command takes that works in a run directory."""
+
+    @_reads_recipe
+    @click.option("--run-dir", type=click.Path(path_type=Path), help=_RUN_DIR)
+    @functools.wraps(command)
+    def wrapped(recipe: "Recipe", run_dir: Path | None, **options: Any) -> None:
+        command(recipe=recipe, run_dir=run_dir or Path("runs") / recipe.name, **options)
 
     return wrapped
 
@@ -106,6 +117,39 @@ def run(recipe: "Recipe", run_dir: Path, dry_run: bool) -> None:
     job.say(f"[bold]{recipe.name}[/] in {run_dir}")
     report = job.execute(process_started())
     print_table(report, job.console, run_dir=run_dir)
+
+
+@main.command()
+@_reads_recipe
+def teacher(recipe: "Recipe") -> None:
+    """Train the teacher of RECIPE from its data, as its teacher_training says, into its teacher.path.
+
+    A half-trained one goes on from its last checkpoint.
+    """
+    from pipelines.process import prepare_process
+    from pipelines.teacher_training import teach
+
+    prepare_process()
+    teach(recipe.teacher.path, recipe.data, recipe.teacher_training, recipe.seed, _console())
+
+
+@main.command()
+@_reads_recipe
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make. Its name names the net.")
+@click.option("--task", type=click.Choice(["classes", "denoise"]), default="classes", show_default=True, help="Task.")
+@click.option("--seed", type=int, help="Seed of the training. [default: the recipe's]")
+@click.option("--steps", type=int, help="Iterations. [default: 2000]")
+def features(recipe: "Recipe", out: Path, task: "FeatureTask", seed: int | None, steps: int | None) -> None:
+    """Train a net whose features FID is measured by, on the training images of RECIPE.
+
+    classes: a classifier. denoise: a net that rebuilds pictures from their noisy selves; it needs no classes.
+    """
+    from pipelines.feature_training import FeatureTraining, learn
+    from pipelines.process import prepare_process
+
+    prepare_process()
+    training = FeatureTraining() if steps is None else FeatureTraining(num_steps=steps)
+    learn(out, recipe.data, task, training, recipe.seed if seed is None else seed, _console())
 
 
 @main.command()

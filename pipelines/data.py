@@ -8,7 +8,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,9 @@ class DataConfig:
     path: str = ""
     """The .npz file or the folder; digits need none."""
     image_size: int = 0
-    """Side to which images are brought (centre-cropped to a square, then resized); 0 leaves them as they are."""
+    """Side to which images are brought, by ``fit``; 0 leaves them as they are."""
+    fit: Literal["resize", "pad"] = "resize"
+    """resize: centre-crop to a square, then resize. pad: centre on black; no pixel changes, no image may be larger."""
     channels: Literal[0, 1, 3] = 0
     """1: grey. 3: colour. 0: as they are (pictures of a folder are read in colour)."""
     held_out: int | float = 600
@@ -57,6 +59,10 @@ class DataConfig:
             raise ValueError(f"data of kind digits has no path; given {self.path!r}")
         if self.image_size < 0:
             raise ValueError(f"image_size must be 0 (as it is) or a number of pixels; given {self.image_size}")
+        if self.fit not in ("resize", "pad"):
+            raise ValueError(f"fit must be resize or pad; given {self.fit!r}")
+        if self.fit == "pad" and not self.image_size:
+            raise ValueError("fit pad needs an image_size to pad to; given 0")
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels must be 1, 3 or 0 (as they are); given {self.channels}")
         if not self._held_out_is_sound():
@@ -257,10 +263,15 @@ def _read(file: Path, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
             picture = ImageOps.exif_transpose(opened).convert(_MODES[config.channels or 3])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the picture {file}: {error}") from error
-    return _fit(picture, config.image_size)
+    if config.fit == "resize":
+        return _resized(picture, config.image_size)
+    try:
+        return _padded(np.atleast_3d(np.asarray(picture))[None], config.image_size)[0]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
-def _fit(picture: Image.Image, size: int) -> UInt8[np.ndarray, "h w c"]:
+def _resized(picture: Image.Image, size: int) -> UInt8[np.ndarray, "h w c"]:
     """Crop to the central square and resize with Pillow's antialiased bicubic filter; size 0 changes nothing."""
     if size and picture.size != (size, size):
         side = min(picture.size)
@@ -283,8 +294,30 @@ def _fitted(images: Pixels, config: DataConfig) -> Pixels:
     if channels == images.shape[3] and (not size or images.shape[1:3] == (size, size)):
         return images
     _refuse_large(len(images) * channels * (size**2 or math.prod(images.shape[1:3])), Path(config.path))
-    pictures = (Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images)
-    return np.stack([_fit(picture.convert(_MODES[channels]), size) for picture in pictures])
+    if config.fit == "pad":
+        return _padded(_in_channels(images, channels), size)
+    return np.stack([_resized(picture.convert(_MODES[channels]), size) for picture in _as_pictures(images)])
+
+
+def _in_channels(images: Pixels, channels: int) -> Pixels:
+    if channels == images.shape[3]:
+        return images
+    return np.stack([np.atleast_3d(np.asarray(picture.convert(_MODES[channels]))) for picture in _as_pictures(images)])
+
+
+def _as_pictures(images: Pixels) -> Iterator[Image.Image]:
+    return (Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images)
+
+
+def _padded(images: Pixels, size: int) -> Pixels:
+    """Centred on black; where the border is odd, the wider part is right and below."""
+    height, width = images.shape[1:3]
+    if max(height, width) > size:
+        raise ValueError(f"images of {width}x{height} do not fit into image_size {size}: fit pad does not shrink them")
+    top, left = (size - height) // 2, (size - width) // 2
+    padded = np.zeros((len(images), size, size, images.shape[3]), np.uint8)
+    padded[:, top : top + height, left : left + width] = images
+    return padded
 
 
 def _refuse_large(num_bytes: int, path: Path) -> None:

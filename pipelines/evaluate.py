@@ -23,16 +23,15 @@ from hd_core.metrics.frechet import frechet_distance
 from hd_core.metrics.prdc import precision_recall
 from hd_core.metrics.statistics import Moments, merge_in_order
 from hd_core.networks.student import FlowMapStudent
-from hd_core.objectives.sfd import afs_velocity
-from hd_core.paths import jump
 from hd_core.random import fold_in, sample_labels, sample_noise
 from hd_core.solvers import SOLVERS, last
 from hd_core.times import GridConfig, custom
-from hd_core.types import Condition, FlowMap, Grid, Images
+from hd_core.types import Condition, Images
+from hd_core.walk import walk
 from pipelines.artifacts import atomic_path, ensure_same, read_json, write_json
 from pipelines.checkpoints import load_weights
 from pipelines.data import DataSplits, to_uint8
-from pipelines.features import Extractor, FeatureName
+from pipelines.features import Extractor
 from pipelines.report import Row
 from pipelines.teachers import Teacher
 
@@ -48,8 +47,10 @@ class EvaluateConfig:
     """Samples behind each FID."""
     batch_size: int = 500
     """Samples drawn at once."""
-    features: FeatureName = "digits"
-    """Feature net; its name stands beside every metric."""
+    features: str = "digits"
+    """Feature net: digits, inception, or a folder of `hdistill features`; its name stands beside every metric."""
+    second_features: str = ""
+    """Another feature net, under which a second FID is measured; empty: none."""
     neighbours: int = 5
     """Neighbours that set the radii of precision and recall."""
     solvers: dict[str, tuple[int, ...]] = field(
@@ -64,6 +65,11 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.batch_size < 1 or self.neighbours < 1 or self.pictures < 1:
             raise ValueError("num_samples must be at least 2; batch_size, neighbours and pictures at least 1")
+        if not self.features or Path(self.features).name == Path(self.second_features).name:
+            raise ValueError(
+                "features must name a net, and second_features one of another name; given"
+                f" {self.features!r} and {self.second_features!r}"
+            )
         if self.neighbours >= self.num_samples:
             raise ValueError(f"neighbours must be below num_samples; given {self.neighbours} and {self.num_samples}")
         for solver, steps in self.solvers.items():
@@ -119,16 +125,6 @@ def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale:
             )
 
 
-@torch.no_grad()
-def walk(student: FlowMap, grid: Grid, afs: bool, x: Images, condition: Condition) -> Images:
-    """A student's samples: one jump for each interval of its grid."""
-    for n, (t, r) in enumerate(zip(grid, grid[1:], strict=False)):
-        t_, r_ = t.expand(len(x)), r.expand(len(x))
-        u = afs_velocity(x, t_) if afs and n == 0 else student(x, t_.to(x), r_.to(x), condition)
-        x = jump(x, u, t_, r_)
-    return x
-
-
 def make_sampler(generator: Generator, teacher: Teacher, guidance_scale: float) -> Sampler:
     """From noise at the grid's first time to images."""
     grid = custom(generator.grid)
@@ -136,15 +132,18 @@ def make_sampler(generator: Generator, teacher: Teacher, guidance_scale: float) 
         student = FlowMapStudent(copy.deepcopy(teacher.backbone))
         load_weights(Path(generator.weights), student)
         student.to(teacher.device)
-        return partial(walk, student.eval().requires_grad_(False), grid, generator.afs)
+        frozen = student.eval().requires_grad_(False)
+        return torch.no_grad()(partial(walk, frozen, grid, afs=generator.afs))
     velocity, states = teacher.velocity(guidance_scale), SOLVERS[generator.solver].states
     return torch.no_grad()(lambda x, condition: last(states(velocity, x, grid, condition)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Real images that nothing was trained on, as features."""
+    """Real images that nothing was trained on, as features of one net."""
 
+    extractor: Extractor
+    """The net."""
     features: np.ndarray
     moments: Moments
     real_fid: float
@@ -159,6 +158,7 @@ class Reference:
         half = len(features) // 2
         moments = Moments.of(features)
         return cls(
+            extractor=extractor,
             features=features,
             moments=moments,
             real_fid=frechet_distance(Moments.of(extractor(splits.train.images)), moments),
@@ -175,14 +175,16 @@ class Evaluator:
         teacher: Teacher,
         guidance_scale: float,
         reference: Reference,
-        extractor: Extractor,
+        second: Reference | None,
         splits_fingerprint: str,
         seed: int,
         folder: Path,
     ) -> None:
         self.config, self.teacher, self.guidance_scale = config, teacher, guidance_scale
-        self.reference, self.extractor, self.folder, self.seed = reference, extractor, folder, seed
-        self._against = {"reference": splits_fingerprint, "feature_net": extractor.fingerprint}
+        self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
+        self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
+        if second:  # absent without one, as in rows that were measured before there was a second net
+            self._against["second_feature_net"] = second.extractor.fingerprint
 
     def inputs(self, generator: Generator) -> dict[str, Any]:
         """All that determines a generator's row."""
@@ -211,13 +213,15 @@ class Evaluator:
     def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
         """Sample, extract, compare; the row and the first pictures are kept."""
         sampler = make_sampler(generator, self.teacher, self.guidance_scale)
-        moments, features, pictures, seconds = [], [], [], 0.0
+        moments, features, second, pictures, seconds = [], [], [], [], 0.0
         for ids in self._blocks():
             started = time.perf_counter()
             images = to_uint8(self._sample(sampler, generator, ids))
             seconds += time.perf_counter() - started
-            features.append(self.extractor(images))
+            features.append(self.reference.extractor(images))
             moments.append(Moments.of(features[-1]))
+            if self.second:
+                second.append(Moments.of(self.second.extractor(images)))
             pictures.append(images[: max(0, self.config.pictures - ids.start)])
             progress(len(ids))
         all_features = np.concatenate(features)
@@ -229,13 +233,15 @@ class Evaluator:
             nfe=generator.calls_per_image,
             num_samples=len(all_features),
             fid=frechet_distance(merge_in_order(moments), self.reference.moments),
-            fid_features=self.extractor.name,
+            fid_features=self.reference.extractor.name,
             precision=quality.precision,
             recall=quality.recall,
             images_per_second=len(all_features) / seconds,
             gflops_per_image=self.flops(sampler, generator) / 1e9,
             train_seconds=generator.train_seconds,
             samples=f"{generator.key}.npz",
+            second_fid=frechet_distance(merge_in_order(second), self.second.moments) if self.second else None,
+            second_features=self.second.extractor.name if self.second else "",
         )
         self._keep(generator, row, np.concatenate(pictures))
         return row

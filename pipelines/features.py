@@ -1,28 +1,37 @@
 """Feature nets for FID, behind clean-fid's own interface: images in [0, 255] of one size in, one vector each out.
 
-clean-fid's Inception is used where its weights can be had. For small grey pictures there is an embedded net, trained
-on the digits' classes by `hdistill assets build`; a metric's name always says which net made its features.
+clean-fid's Inception is used where its weights can be had. For the digits there is an embedded net, trained on their
+classes by `hdistill assets build`; for other pictures, `hdistill features` trains one into a folder. A metric's name
+always says which net made its features.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.artifacts import file_hash
+from pipelines.model_files import read_object
 from pipelines.torchvision_ops import declare_missing_operators
 
-FeatureName = Literal["digits", "inception"]
+BUILT_IN = ("digits", "inception")
+"""Names of the nets that are no folder."""
+FeatureTask = Literal["classes", "denoise"]
 DIGITS_WEIGHTS = Path(__file__).parent / "assets" / "features" / "digits" / "model.safetensors"
+WEIGHTS = "model.safetensors"
 _INCEPTION_SIZE = 299
+_PIXELS_AT_ONCE = 2**22
 
 
 class DigitsFeatureNet(nn.Module):
@@ -56,19 +65,158 @@ class DigitsFeatureNet(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureNetConfig:
+    """What a `FeatureNet` looks like."""
+
+    size: int
+    """Side of the square images that it takes."""
+    channels: Literal[1, 3]
+    """1: grey. 3: colour."""
+    widths: tuple[int, ...]
+    """Channels after each convolution; the first is ``stem``'s, each further one is 3x3 and halves the side."""
+    stem: Literal["full", "half"] = "full"
+    """full: the first convolution is 3x3 and keeps the side. half: it is 5x5 and halves it, at half the cost."""
+    features: int = 64
+    """Length of the feature vector."""
+    task: FeatureTask = "classes"
+    """classes: the features tell classes apart. denoise: a picture is rebuilt from the features of its noisy self."""
+    num_classes: int = 0
+    """Classes that it tells apart; unused by denoise."""
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(FeatureTask):
+            raise ValueError(f"task must be classes or denoise; given {self.task!r}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3; given {self.channels}")
+        if self.stem not in ("full", "half"):
+            raise ValueError(f"stem must be full or half; given {self.stem!r}")
+        if not self.widths or min(self.widths) < 1 or self.features < 1:
+            raise ValueError("widths must hold at least one width; widths and features must be at least 1")
+        if self.size < 1 or self.size % self.halvings:
+            raise ValueError(
+                f"size must be a multiple of {self.halvings}, for {len(self.widths)} widths; given {self.size}"
+            )
+        if self.task == "classes" and self.num_classes < 2:
+            raise ValueError(f"the task classes needs at least 2 classes; given {self.num_classes}: take denoise")
+
+    @property
+    def halvings(self) -> int:
+        """How many times smaller the last convolution's side is."""
+        return 2 ** (len(self.widths) - (self.stem == "full"))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.size, self.size
+
+
+class FeatureNet(nn.Module):
+    """A small convolutional net whose features are what its last part reads: a classifier, or a decoder of pictures.
+
+    Called as clean-fid calls an extractor: ``(n, 3, size, size)`` float in [0, 255] to ``(n, features)``.
+    """
+
+    def __init__(self, config: FeatureNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._side = config.size // config.halvings
+        full, first = config.stem == "full", config.widths[0]
+        stem = nn.Conv2d(config.channels, first, 3 if full else 5, stride=1 if full else 2, padding=1 if full else 2)
+        self.convolutions = nn.Sequential(stem, nn.SiLU())
+        for before, width in pairwise(config.widths):
+            self.convolutions.extend([nn.Conv2d(before, width, 3, stride=2, padding=1), nn.SiLU()])
+        flat = config.widths[-1] * self._side**2
+        self.features = nn.Linear(flat, config.features)
+        if config.task == "classes":
+            self.classes = nn.Linear(config.features, config.num_classes)
+        else:
+            self.decoder = _decoder(config, flat, self._side)
+
+    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
+        seen = images.mean(1, keepdim=True) if self.config.channels == 1 else images
+        return self.features(self.convolutions(seen / 127.5 - 1).flatten(1))
+
+    def logits(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n classes"]:
+        """Class logits, for training."""
+        return self.classes(F.silu(self(images)))
+
+    def rebuilt(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n c s s"]:
+        """The pictures without their noise, in [-1, 1], from the features alone, for training."""
+        return self.decoder(F.silu(self(images)))
+
+
+def _decoder(config: FeatureNetConfig, flat: int, side: int) -> nn.Sequential:
+    """The mirror of the convolutions, from the features on."""
+    unflatten = nn.Unflatten(1, (config.widths[-1], side, side))
+    layers: list[nn.Module] = [nn.Linear(config.features, flat), unflatten, nn.SiLU()]
+    for before, width in pairwise(config.widths[::-1]):
+        layers += [nn.ConvTranspose2d(before, width, 4, stride=2, padding=1), nn.SiLU()]
+    last = nn.Conv2d(config.widths[0], config.channels, 3, padding=1)
+    if config.stem == "half":
+        last = nn.ConvTranspose2d(config.widths[0], config.channels, 4, stride=2, padding=1)
+    return nn.Sequential(*layers, last)
+
+
+def save_feature_net(folder: Path, net: FeatureNet, about: dict[str, Any]) -> None:
+    """Write config.json, with more that is worth knowing about the net, and the weights into a folder that exists."""
+    config = {"_class_name": "FeatureNet", **asdict(net.config), **about}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+    save_file(net.state_dict(), folder / WEIGHTS)
+
+
+def load_feature_net(folder: Path) -> FeatureNet:
+    """The net in a folder, in evaluation mode.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        names = ", ".join(BUILT_IN)
+        raise ValueError(f"no feature net at {folder}: give {names}, or a folder that `hdistill features` made")
+    values = read_object(folder / "config.json")
+    if values.get("_class_name") != "FeatureNet":
+        raise ValueError(f"{folder} holds a {values.get('_class_name')}, not a FeatureNet")
+    known = {field.name: values[field.name] for field in fields(FeatureNetConfig) if field.name in values}
+    try:
+        net = FeatureNet(FeatureNetConfig(**{**known, "widths": tuple(known.get("widths", ()))}))
+        net.load_state_dict(load_file(folder / WEIGHTS))
+    except (TypeError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the feature net in {folder} is damaged: {str(error).splitlines()[0]}") from None
+    return net.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Extractor:
     """Features of uint8 images."""
 
-    name: FeatureName
+    name: str
+    """What stands beside a metric: digits, inception, or the name of the net's folder."""
     size: int
     """Height and width that the net takes; other images go through clean-fid's own resize."""
     model: Callable[[Tensor], Tensor]
     """``(n, 3, size, size)`` float in [0, 255] to ``(n, d)``."""
     fingerprint: str
     """Hash of the net's weights."""
+    shape: tuple[int, int, int] | None = None
+    """Channels, height and width of the only images that the net takes; ``None``: any."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raises ValueError where images of (channels, height, width) are not for this net."""
+        if self.shape not in (None, shape):
+            raise ValueError(
+                f"the feature net {self.name} takes images of (channels, height, width) {self.shape}; these are"
+                f" {shape}: train one on them with `hdistill features`"
+            )
 
     def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
-        """Features of images, grey or in colour."""
+        """Features of images, grey or in colour, of as many at once as memory bears."""
+        _, height, width, channels = images.shape
+        self.check((channels, height, width))
+        step = max(1, _PIXELS_AT_ONCE // self.size**2)
+        parts = [self._features(images[start : start + step]) for start in range(0, len(images), step)]
+        return np.concatenate(parts)
+
+    def _features(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
         from cleanfid.fid import get_batch_features
 
         resized = self._resized(np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images)
@@ -85,14 +233,30 @@ class Extractor:
         return np.stack([resize(image) for image in images])
 
 
-def load_extractor(name: FeatureName) -> Extractor:
-    """The extractor of a name.
+def load_extractor(name: str) -> Extractor:
+    """The extractor of a name, or of a folder that `hdistill features` made.
 
     Raises:
-        ValueError: clean-fid's Inception weights are not there and cannot be fetched.
+        ValueError: there is none, or clean-fid's Inception weights are not there and cannot be fetched.
     """
     declare_missing_operators()
-    return _digits() if name == "digits" else _inception()
+    if name in BUILT_IN:
+        return _digits() if name == "digits" else _inception()
+    return _own(Path(name).expanduser())
+
+
+def net_name(folder: Path) -> str:
+    """What a net in a folder is called. ValueError where that is another net's name."""
+    name = folder.resolve().name
+    if name in BUILT_IN:
+        raise ValueError(f"a feature net's folder must not be called {name}, which names another net; given {folder}")
+    return name
+
+
+def _own(folder: Path) -> Extractor:
+    net, name = load_feature_net(folder), net_name(folder)
+    weights = file_hash(folder / WEIGHTS)
+    return Extractor(name=name, size=net.config.size, model=net, fingerprint=weights, shape=net.config.shape)
 
 
 def _digits() -> Extractor:

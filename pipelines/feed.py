@@ -53,7 +53,8 @@ class Feed:
     def _from_noise(self, step: int) -> Batch:
         draws = Draws(seed=step_seed(self.job, step), rows=self.rows, total=self.job.stage.batch_size)
         labels = draws.integers("labels", max(1, self.teacher.num_classes))
-        return Batch(noise=draws.normal("noise", self.teacher.shape), condition=Condition(labels=labels))
+        first = float(self.job.stage.objective.sampling_grid()[0])  # the state there is the noise times it
+        return Batch(noise=first * draws.normal("noise", self.teacher.shape), condition=Condition(labels=labels))
 
     def _from_trajectory(self, rows: Rows) -> Batch:
         assert self.job.trajectories is not None

@@ -86,22 +86,22 @@ def comparison_sheet(
     """
     picks = spread_over_classes(labels, columns)
     strips = [_strip(images[picks]) for _, _, images in entries]
-    font = _font(15)
-    left = max(math.ceil(font.getlength(name)) for name, _, _ in entries) + 16
-    right = max(math.ceil(font.getlength(note)) for _, note, _ in entries) + 16
+    text_font = font(15)
+    left = max(math.ceil(text_font.getlength(name)) for name, _, _ in entries) + 16
+    right = max(math.ceil(text_font.getlength(note)) for _, note, _ in entries) + 16
     width, height = (max(sizes) for sizes in zip(*(strip.size for strip in strips), strict=True))
     step = height + 2 * _GAP_PIXELS
     sheet = Image.new("RGB", (left + width + right, _HEAD_PIXELS + len(strips) * step), theme.paper)
     draw = ImageDraw.Draw(sheet)
     for place, label in enumerate(labels[picks]):
         middle = left + (place + 0.5) * (width + _GAP_PIXELS) / len(picks) - _GAP_PIXELS / 2
-        draw.text((middle, 12), str(label), theme.muted, font, anchor="mm")
+        draw.text((middle, 12), str(label), theme.muted, text_font, anchor="mm")
     for place, (strip, (name, note, _)) in enumerate(zip(strips, entries, strict=True)):
         top = _HEAD_PIXELS + place * step
         sheet.paste(strip, (left, top), strip)
-        draw.text((left - 12, top + height // 2), name, theme.ink, font, anchor="rm")
-        draw.text((left + width + 12, top + height // 2), note, theme.muted, font, anchor="lm")
-    return _png(sheet)
+        draw.text((left - 12, top + height // 2), name, theme.ink, text_font, anchor="rm")
+        draw.text((left + width + 12, top + height // 2), note, theme.muted, text_font, anchor="lm")
+    return png(sheet)
 
 
 def spread_over_classes(labels: Labels, count: int) -> Int[np.ndarray, " picks"]:
@@ -115,55 +115,64 @@ def spread_over_classes(labels: Labels, count: int) -> Int[np.ndarray, " picks"]
 
 def check_samples(images: np.ndarray, labels: np.ndarray) -> None:
     """ValueError unless `images` is uint8 (k, h, w, 1 or 3) with k > 0 and `labels` is integer (k,)."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"images must be uint8 (k, h, w, 1 or 3), not {images.dtype} {images.shape}")
+    check_images(images)
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be integers ({len(images)},), not {labels.dtype} {labels.shape}")
 
 
+def check_images(images: np.ndarray) -> None:
+    """ValueError unless `images` is uint8 (k, h, w, 1 or 3) with k > 0."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images must be uint8 (k, h, w, 1 or 3), not {images.dtype} {images.shape}")
+
+
 def _paste_grid(images: Images, cells: Mapping[tuple[int, int], int], heads: Sequence[str], rows: int) -> bytes:
-    width, height = _cell_size(images)
+    width, height = cell_size(images)
     top = _HEAD_PIXELS if any(heads) else 0
     size = (len(heads) * (width + _GAP_PIXELS) - _GAP_PIXELS, top + rows * (height + _GAP_PIXELS) - _GAP_PIXELS)
     grid = Image.new("RGBA", size, (0, 0, 0, 0))
     for (row, column), index in cells.items():
-        grid.paste(_enlarge(images[index]), (column * (width + _GAP_PIXELS), top + row * (height + _GAP_PIXELS)))
+        grid.paste(
+            enlarge(images[index], (width, height)),
+            (column * (width + _GAP_PIXELS), top + row * (height + _GAP_PIXELS)),
+        )
     draw = ImageDraw.Draw(grid)
     for column, head in enumerate(heads):
-        draw.text((column * (width + _GAP_PIXELS) + width // 2, 11), head, _BOTH_GREY, _font(18), anchor="mm")
-    return _png(grid)
+        draw.text((column * (width + _GAP_PIXELS) + width // 2, 11), head, _BOTH_GREY, font(18), anchor="mm")
+    return png(grid)
 
 
 def _strip(images: Images) -> Image.Image:
     """Pictures side by side, a transparent gap between them."""
-    width, height = _cell_size(images)
+    width, height = cell_size(images)
     strip = Image.new("RGBA", (len(images) * (width + _GAP_PIXELS) - _GAP_PIXELS, height), (0, 0, 0, 0))
     for place, image in enumerate(images):
-        strip.paste(_enlarge(image), (place * (width + _GAP_PIXELS), 0))
+        strip.paste(enlarge(image, (width, height)), (place * (width + _GAP_PIXELS), 0))
     return strip
 
 
-def _cell_size(images: np.ndarray) -> tuple[int, int]:
-    """Width and height in pixels at which pictures (..., h, w, c) are shown."""
+def cell_size(images: np.ndarray, pixels: int = _CELL_PIXELS, most: int = _LARGEST_CELL_PIXELS) -> tuple[int, int]:
+    """Width and height at which pictures (..., h, w, c) are shown: a whole multiple near to `pixels`, or `most`."""
     height, width = images.shape[-3:-1]
     longest = max(height, width)
-    scale = max(1, round(_CELL_PIXELS / longest)) if longest <= _LARGEST_CELL_PIXELS else _LARGEST_CELL_PIXELS / longest
+    scale = max(1, round(pixels / longest)) if longest <= most else most / longest
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _enlarge(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
-    size = _cell_size(image)
+def enlarge(image: UInt8[np.ndarray, "h w c"], size: tuple[int, int]) -> Image.Image:
+    """A picture in colour, enlarged to sharp squares or made smaller."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
     return picture.resize(size, Image.Resampling.NEAREST if size[0] >= picture.width else Image.Resampling.LANCZOS)
 
 
 @cache
-def _font(pixels: int) -> ImageFont.FreeTypeFont:
+def font(pixels: int) -> ImageFont.FreeTypeFont:
     """The font that matplotlib ships, so that charts and sheets match on every machine."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), pixels)
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """A picture as a file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()

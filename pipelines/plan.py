@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hd_core.guidance import branches
 from hd_core.networks.student import FlowMapStudent
+from hd_core.objectives.dmd import DMD
 from pipelines.artifacts import RunDir
 from pipelines.recipe import Recipe, to_yaml
 from pipelines.run import Run, check_recipe
@@ -92,11 +93,20 @@ def calls_per_row(stage: StageConfig) -> int:
     objective = stage.objective
     if objective.name == "mean_velocity":
         return 3
+    if objective.name == "meanflow":
+        return 4 + round(2 * (1 - objective.equal_share))  # the teacher's call, and the derivative where r < t
     if objective.name == "sfd":
         return 3 * (objective.intervals - objective.afs)
-    judged = 1 if objective.adversarial.weight else 0
-    generator = 3 + 2 + 3 * judged
-    return round(1 + 3 + 2 * judged + generator / objective.update_ratio)
+    return _calls_of_dmd(objective)
+
+
+def _calls_of_dmd(objective: DMD) -> int:
+    sampling, adversarial = objective.intervals - objective.afs, objective.adversarial
+    judged = 2 + bool(adversarial.r1_weight) if adversarial.weight else 0
+    through_judge = 3 + (adversarial.loss == "relativistic") if adversarial.weight else 0
+    # The samples are there when the generator moves; its turn adds their backward pass and two scores.
+    generator = 2 * (objective.gradient_steps or sampling) + 2 + through_judge
+    return round(sampling + 3 + judged + generator / objective.update_ratio)
 
 
 def _evaluation(job: Run) -> Item:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from hd_core.objectives.dmd import DMD
 from hd_core.objectives.mean_velocity import MeanVelocity
 from hd_core.objectives.sfd import SFD
 from hd_core.times import nested_positions
@@ -26,6 +27,7 @@ from pipelines.data import DataConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.precompute import PrecomputeConfig
 from pipelines.stages import FREE_STAGE_FIELDS, StageConfig, TrainConfig
+from pipelines.teacher_training import TeacherTraining
 from pipelines.teachers import TeacherConfig
 from pipelines.tracking import TrackConfig
 
@@ -42,6 +44,8 @@ class Recipe:
     """Every random number of the run follows from it."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The slow model that is distilled."""
+    teacher_training: TeacherTraining | None = None
+    """How `hdistill teacher` makes the teacher from the data, where there is none yet."""
     data: DataConfig = field(default_factory=DataConfig)
     """Real images: reference statistics, and what a discriminator compares with."""
     precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
@@ -82,6 +86,12 @@ class Recipe:
         grid = self.precompute.grid
         if isinstance(stage.objective, MeanVelocity) and (grid.t_max, grid.t_min) != (1, 0):
             raise ValueError(f"stages.{name}: mean_velocity needs precompute.grid from t_max 1 to t_min 0")
+        if isinstance(stage.objective, DMD) and stage.objective.regression_weight:
+            own = stage.objective.grid
+            if (own.t_max, own.t_min) != (grid.t_max, grid.t_min):
+                raise ValueError(
+                    f"stages.{name}: regression_weight needs objective.grid to end where precompute.grid does"
+                )
         if isinstance(stage.objective, SFD):
             try:
                 nested_positions(self.precompute.intervals, stage.objective.intervals)
@@ -121,6 +131,7 @@ _ADAPTER = TypeAdapter(Recipe)
 _FREE = (
     "name",
     "track",
+    "teacher_training",
     "train.num_workers",
     "train.cpus_per_worker",
     "train.gpus_per_worker",

@@ -1,15 +1,16 @@
 """The report of a run: `report.json` for machines, `report.html` for people, `figures/*.png`, a table for the terminal.
 
 `docs/report.md` is the schema of `report.json`. Everything but that file is made from it, from the samples in
-`evaluate/` and from the stages' `metrics.jsonl`, so `rebuild` can make it again at any time.
+`evaluate/` and from the stages' `metrics.jsonl` and `token_weights.npz`, so `rebuild` can make it again at any time.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rich.box import HORIZONTALS
 from rich.console import Console
@@ -18,10 +19,13 @@ from rich.text import Text
 
 from pipelines.artifacts import atomic_path
 from pipelines.report_columns import calls, columns, line_of
-from pipelines.report_page import render
+from pipelines.report_page import render, render_stages
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 _REFERENCE_KEYS: dict[str, type] = {"real_fid": float, "halves_fid": float, "num_reference": int, "fid_features": str}
+_SECOND_KEYS: dict[str, type] = {"second_real_fid": float, "second_halves_fid": float, "second_features": str}
+"""Keys of the reference that are there only where there was a second feature net."""
 _SOLVER_NAMES = {
     "euler": "Euler", "heun": "Heun", "dpm_solver_2": "DPM-Solver-2", "dpmpp_2m": "DPM-Solver++(2M)",
     "dpmpp_3m": "DPM-Solver++(3M)", "ipndm": "iPNDM", "flow_map": "flow map",
@@ -60,6 +64,10 @@ class Row:
     samples: str
     """Name of the npz file under RUN_DIR/evaluate that holds `images` uint8 (k, h, w, c) and `labels` (k,); the same
     noises and labels for every row. Empty: none were kept."""
+    second_fid: float | None = None
+    """FID under a second feature net; None where there was none."""
+    second_features: str = ""
+    """Name of that net; empty where there was none."""
 
     def __post_init__(self) -> None:
         if self.nfe < 1:
@@ -112,7 +120,8 @@ class Report:
     """Where the seconds went, in order."""
     reference: dict[str, Any]
     """`real_fid`: FID of the real training images against the held-out reference; `halves_fid`: of one half of that
-    reference against the other; `num_reference`: images in the reference; `fid_features`: the feature net."""
+    reference against the other; `num_reference`: images in the reference; `fid_features`: the feature net. Where there
+    was a second net, `second_real_fid`, `second_halves_fid` and `second_features` say the same of it."""
     environment: dict[str, Any]
     """Versions, processor count and the like."""
     created: str
@@ -146,8 +155,17 @@ def read_report(path: Path) -> Report:
 
 
 def rebuild(run_dir: Path) -> Report:
-    """Makes report.html and figures again from RUN_DIR/report.json, which stays as it is. ValueError without it."""
-    report = read_report(run_dir / "report.json")
+    """Makes report.html and figures again from RUN_DIR/report.json, which stays as it is.
+
+    ValueError without it; what the stages logged is drawn even so, since a stage that collapsed has no report.
+    """
+    path = run_dir / "report.json"
+    if not path.exists() and (drawn := render_stages(run_dir)):
+        raise ValueError(
+            f"{path} does not exist: a run writes it at its end. From what its stages logged,"
+            f" {', '.join(drawn)} were drawn in {run_dir / 'figures'}"
+        )
+    report = read_report(path)
     render(report, run_dir)
     return report
 
@@ -165,10 +183,12 @@ def to_json(report: Report) -> str:
 def _parse(record: Any) -> Report:
     if not isinstance(record, dict) or "schema_version" not in record:
         raise ValueError("not a report: schema_version is missing")
-    if record["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {record['schema_version']!r}; this hdistill reads {SCHEMA_VERSION}")
+    if record["schema_version"] not in _READABLE_VERSIONS:
+        known = " and ".join(map(str, _READABLE_VERSIONS))
+        raise ValueError(f"schema_version is {record['schema_version']!r}; this hdistill reads {known}")
     values = _checked(record, Report, "")
-    for key, kind in _REFERENCE_KEYS.items():
+    second = _SECOND_KEYS if "second_features" in values["reference"] else {}
+    for key, kind in (_REFERENCE_KEYS | second).items():
         _check_value(values["reference"], key, kind, "reference.")
     rows = [Row(**_checked(row, Row, f"rows[{place}].")) for place, row in enumerate(values.pop("rows"))]
     phases = [Phase(**_checked(phase, Phase, f"phases[{place}].")) for place, phase in enumerate(values.pop("phases"))]
@@ -176,17 +196,26 @@ def _parse(record: Any) -> Report:
 
 
 def _checked(record: Any, cls: type, where: str) -> dict[str, Any]:
-    """The fields of `cls` in `record`, their types checked; other keys are left to later versions."""
+    """The fields of `cls` in `record`, their types checked; other keys are left to later versions.
+
+    A field with a default that is not there is one that a later version added, and has its default.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{where.rstrip('.')} must be an object, not {type(record).__name__}")
     kinds = get_type_hints(cls)
-    return {field.name: _check_value(record, field.name, kinds[field.name], where) for field in fields(cls)}
+    there = [field.name for field in fields(cls) if field.name in record or field.default is MISSING]
+    return {name: _check_value(record, name, kinds[name], where) for name in there}
 
 
 def _check_value(record: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
     if key not in record:
         raise ValueError(f"{where}{key} is missing")
-    value, kind = record[key], get_origin(kind) or kind
+    value, members = record[key], get_args(kind)
+    if NoneType in members:
+        if value is None:
+            return None
+        kind = members[0]
+    kind = get_origin(kind) or kind
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}{key} must be {kind.__name__}, not {value!r:.60}")
@@ -238,7 +267,7 @@ def _table(report: Report, long_names: bool, only: Sequence[str] = ()) -> Table:
 
 def _split(report: Report) -> list[Table]:
     quality, cost = (
-        ("nfe", "fid", "precision", "recall"),
+        ("nfe", "fid", "second_fid", "precision", "recall"),
         ("nfe", "images_per_second", "gflops_per_image", "train_seconds"),
     )
     return [_table(report, False, quality), _table(report, False, cost)]

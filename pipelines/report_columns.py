@@ -37,18 +37,28 @@ def columns(rows: Sequence["Row"]) -> list[Column]:
 
     def column(name: str, heading: str, write: Callable[[float], str], best: Callable[..., Any] | None) -> Column:
         values = [getattr(row, name) for row in rows]
-        best_text = write(best(values)) if best and len(set(map(write, values))) > 1 else ""
-        return Column(name=name, heading=heading, texts=[write(value) for value in values], best=best_text)
+        known = [value for value in values if value is not None]
+        best_text = write(best(known)) if best and len(set(map(write, known))) > 1 else ""
+        texts = ["-" if value is None else write(value) for value in values]
+        return Column(name=name, heading=heading, texts=texts, best=best_text)
 
+    second = second_net(rows)
+    of_second = digits([row.second_fid for row in rows if row.second_fid is not None])
     return [
         column("nfe", "Calls\n(NFE)", str, None),
-        column("fid", "FID", digits([row.fid for row in rows]), min),
+        column("fid", f"FID\n({rows[0].fid_features})" if second else "FID", digits([row.fid for row in rows]), min),
+        *([column("second_fid", f"FID\n({second})", of_second, min)] if second else []),
         column("precision", "Precision", "{:.3f}".format, max),
         column("recall", "Recall", "{:.3f}".format, max),
         column("images_per_second", "Images\n/s", digits([row.images_per_second for row in rows], 0), max),
         column("gflops_per_image", "GFLOPs\n/image", digits([row.gflops_per_image for row in rows]), min),
         column("train_seconds", "Train\ns", lambda value: f"{value:,.0f}" if value else "-", None),
     ]
+
+
+def second_net(rows: Sequence["Row"]) -> str:
+    """Name of the second feature net; empty where no row has one."""
+    return next((row.second_features for row in rows if row.second_features), "")
 
 
 def digits(values: Sequence[float], least: int = 1, most: int = 4) -> Callable[[float], str]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from pipelines import charts, figures
-from pipelines.artifacts import as_text, atomic_path, flatten
+from pipelines import charts, figures, stage_charts
+from pipelines.artifacts import as_text, atomic_path, flatten, read_json
 from pipelines.report_columns import calls, columns, digits, line_of
+from pipelines.weight_sheet import Looks, read_looks, weight_sheet
 
 if TYPE_CHECKING:
     from pipelines.report import Report, Row
@@ -53,11 +54,15 @@ def render(report: "Report", run_dir: Path) -> None:
     """Writes the figures and the page; what has no data is left out, with a note on the page."""
     samples, notes = _load_samples(report.rows, run_dir / "evaluate")
     sheets, grids = _sheet(samples), [_grid(kept) for kept in samples]
-    drawn = _charts(report, _load_curves(run_dir, list(report.recipe.get("stages") or ())))
-    for picture in [*sheets, *grids, *drawn.values()]:
-        with atomic_path(run_dir / "figures" / f"{picture.name}.png") as temporary:
-            temporary.write_bytes(picture.light)
+    curves = _load_curves(run_dir, list(report.recipe.get("stages") or ()))
+    drawn, stability = _charts(report, curves), _stability(curves)
+    weights, unread = _weights(run_dir, report.recipe)
+    _write([*sheets, *grids, *drawn.values(), *stability, *weights], run_dir)
+    notes += unread
     context = {
+        "stability": stability,
+        "readings": _readings(curves),
+        "weights": weights,
         "title": report.recipe.get("name") or run_dir.resolve().name,
         "report": report,
         "columns": columns(report.rows),
@@ -66,6 +71,20 @@ def render(report: "Report", run_dir: Path) -> None:
     page = _template().render(context, sheets=sheets, grids=grids, charts=drawn, notes=notes, **_headlines(report.rows))
     with atomic_path(run_dir / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def render_stages(run_dir: Path) -> list[str]:
+    """Writes the figures of the stages alone, as for a run that was stopped before its report; their file names."""
+    recipe = read_json(run_dir / "recipe.json") or {}
+    pictures = [*_stability(_load_curves(run_dir, list(recipe.get("stages") or ()))), *_weights(run_dir, recipe)[0]]
+    _write(pictures, run_dir)
+    return [f"{picture.name}.png" for picture in pictures]
+
+
+def _write(pictures: Sequence[_Picture], run_dir: Path) -> None:
+    for picture in pictures:
+        with atomic_path(run_dir / "figures" / f"{picture.name}.png") as temporary:
+            temporary.write_bytes(picture.light)
 
 
 def _template() -> jinja2.Template:
@@ -112,11 +131,15 @@ def _load(row: "Row", folder: Path) -> _Samples:
 
 
 def _load_curves(run_dir: Path, stages: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-    """Records of RUN_DIR/STAGE/metrics.jsonl or RUN_DIR/*/STAGE/metrics.jsonl by stage, in the recipe's order."""
-    paths = [*run_dir.glob("*/metrics.jsonl"), *run_dir.glob("*/*/metrics.jsonl")]
+    """Records of each stage's metrics.jsonl, in the recipe's order."""
+    return {stage: _records(path) for stage, path in _stage_files(run_dir, "metrics.jsonl", stages).items()}
+
+
+def _stage_files(run_dir: Path, name: str, stages: Sequence[str]) -> dict[str, Path]:
+    """RUN_DIR/STAGE/name or RUN_DIR/*/STAGE/name by stage, in the recipe's order."""
+    paths = [*run_dir.glob(f"*/{name}"), *run_dir.glob(f"*/*/{name}")]
     found = {path.parent.name: path for path in sorted(paths) if not stages or path.parent.name in stages}
-    order = [stage for stage in stages if stage in found] or list(found)
-    return {stage: _records(found[stage]) for stage in order}
+    return {stage: found[stage] for stage in stages if stage in found} or found
 
 
 def _records(path: Path) -> list[dict[str, float]]:
@@ -173,6 +196,65 @@ def _charts(report: "Report", curves: Mapping[str, Any]) -> dict[str, _Picture]:
         for name, (title, draw) in drawings.items()
         if there[name]
     }
+
+
+def _stability(curves: Mapping[str, stage_charts.Records]) -> list[_Picture]:
+    """A chart for each stage that has a discriminator or probes."""
+    draw = stage_charts.stability_chart
+    return [
+        _Picture(
+            name=f"stability-{stage}",
+            title=stage,
+            light=draw(records, theme=figures.LIGHT),
+            dark=draw(records, theme=figures.DARK),
+        )
+        for stage, records in curves.items()
+        if stage_charts.panels(records)
+    ]
+
+
+def _readings(curves: Mapping[str, stage_charts.Records]) -> list[stage_charts.Panel]:
+    """Each panel that some stage has, once."""
+    there = {panel.title for records in curves.values() for panel in stage_charts.panels(records)}
+    return [panel for panel in stage_charts.PANELS if panel.title in there]
+
+
+def _weights(run_dir: Path, recipe: Mapping[str, Any]) -> tuple[list[_Picture], list[str]]:
+    """A sheet for each stage whose discriminator's tokens fill a square, and a line about each that cannot be read."""
+    pictures, notes = [], []
+    for stage, path in _stage_files(run_dir, "token_weights.npz", list(recipe.get("stages") or ())).items():
+        try:
+            looks = read_looks(path)
+        except ValueError as error:
+            notes.append(f"No token weights of {stage}: cannot read {path.relative_to(run_dir)} ({error}).")
+        else:
+            pictures += [_weight_picture(stage, looks, _tapped(recipe, stage))] if looks.grid_side else []
+    return pictures, notes
+
+
+def _weight_picture(stage: str, looks: Looks, tapped: Sequence[object]) -> _Picture:
+    count = looks.fake.weights.shape[1]
+    names = [f"block {block}" for block in tapped] if len(tapped) == count else []
+    names = names or [f"layer {place + 1}" for place in range(count)]
+    entropies = [
+        f"{name}: {fake:.3f} on generated, {real:.3f} on real pictures"
+        for name, fake, real in zip(names, looks.fake.entropy, looks.real.entropy, strict=True)
+    ]
+    return _Picture(
+        name=f"weights-{stage}",
+        title=stage,
+        caption=f"Entropy of the weights: {'; '.join(entropies)}.",
+        light=weight_sheet(looks, names, theme=figures.LIGHT),
+        dark=weight_sheet(looks, names, theme=figures.DARK),
+    )
+
+
+def _tapped(recipe: Mapping[str, Any], stage: str) -> Sequence[object]:
+    """The teacher's blocks that a stage's discriminator looks through; empty where the recipe does not say."""
+    value: Any = recipe
+    for name in ("stages", stage, "discriminator", "layers"):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

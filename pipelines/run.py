@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from hd_core.objectives.sfd import SFD
+from hd_core.objectives.turns import first_step_is_analytical
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
 from pipelines.cluster import stop_ray
 from pipelines.data import DataSplits, load_images
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
-from pipelines.features import Extractor, load_extractor
+from pipelines.features import BUILT_IN, Extractor, load_extractor
 from pipelines.journal import Status
 from pipelines.precompute import precompute, start_for, trajectory_spec
 from pipelines.process import default_device, environment
@@ -47,6 +47,11 @@ class Run:
 
     @cached_property
     def teacher(self) -> Teacher:
+        path, training = self.recipe.teacher.path, self.recipe.teacher_training
+        if training is not None and not Path(path).expanduser().exists():
+            raise ValueError(
+                f"the teacher {path} is not trained yet: run `hdistill teacher` with the same recipe first"
+            )
         return load_teacher(self.recipe.teacher).to(default_device())
 
     @cached_property
@@ -61,7 +66,23 @@ class Run:
 
     @cached_property
     def extractor(self) -> Extractor:
-        return load_extractor(self.recipe.evaluate.features)
+        return self._extractor(self.recipe.evaluate.features)
+
+    @property
+    def _portable_features(self) -> str:
+        """The feature net's name, or its folder as a worker in another directory finds it."""
+        name = self.recipe.evaluate.features
+        return name if name in BUILT_IN else str(Path(name).expanduser().resolve())
+
+    @cached_property
+    def second_extractor(self) -> Extractor | None:
+        name = self.recipe.evaluate.second_features
+        return self._extractor(name) if name else None
+
+    def _extractor(self, name: str) -> Extractor:
+        extractor = load_extractor(name)
+        extractor.check(self.splits.train.shape)
+        return extractor
 
     @cached_property
     def trajectories(self) -> ShardSet:
@@ -92,9 +113,12 @@ class Run:
         upstream = {"start": self._start_identity(name)}
         if "trajectories" in needs:
             upstream["trajectories"] = self.trajectories.spec.fingerprint
-        if "images" in needs:
+        if stage.needs_images:
             upstream["images"] = self.images.spec.fingerprint
-        upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{recipe.teacher.guidance_scale:g}"}
+        if stage.probe.every:
+            upstream["probe_features"] = self.extractor.fingerprint
+        guidance = recipe.teacher.guidance_scale if stage.guidance_scale is None else stage.guidance_scale
+        upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{guidance:g}"}
         return StageJob(
             name=name,
             stage=stage,
@@ -104,8 +128,9 @@ class Run:
             folder=str(self.dir.stage(name).resolve()),
             start_weights="" if stage.start == TEACHER else str(self._weights(stage.start)),
             trajectories=self.trajectories if "trajectories" in needs else None,
-            images=self.images if "images" in needs else None,
+            images=self.images if stage.needs_images else None,
             inputs=stage_inputs(stage, recipe.train, upstream, recipe.seed, name),
+            features=self._portable_features if stage.probe.every else "",
         )
 
     def _start_identity(self, name: str) -> str:
@@ -133,7 +158,7 @@ class Run:
         """A trained stage as a generator."""
         stage = self.recipe.stages[name]
         grid = tuple(stage.objective.sampling_grid().tolist())
-        afs = isinstance(stage.objective, SFD) and stage.objective.afs
+        afs = first_step_is_analytical(stage.objective)
         manifests = [read_json(self.dir.stage(link) / "stage.json") for link in self.recipe.chain(name)]
         return Generator(
             label=stage.label or name,
@@ -151,6 +176,10 @@ class Run:
     def reference(self) -> Reference:
         return Reference.of(self.splits, self.extractor)
 
+    @cached_property
+    def second_reference(self) -> Reference | None:
+        return Reference.of(self.splits, self.second_extractor) if self.second_extractor else None
+
     def evaluator(self) -> Evaluator:
         """Measures this run's generators."""
         return Evaluator(
@@ -158,7 +187,7 @@ class Run:
             self.teacher,
             self.recipe.teacher.guidance_scale,
             self.reference,
-            self.extractor,
+            self.second_reference,
             self.splits.fingerprint,
             self.recipe.seed,
             self.dir.evaluation,
@@ -168,7 +197,7 @@ class Run:
 
     def execute(self, started: float) -> Report:
         """Do everything that is not done; ``started`` is when the process began, in `time.time` seconds."""
-        _ = self.extractor
+        _ = self.extractor, self.second_extractor
         with self._session():
             self._record("start", time.time() - started, reused=False)
             self.train_stages(())
@@ -230,7 +259,7 @@ class Run:
 
     def prepare_shards(self) -> None:
         """Real images and teacher trajectories, as far as any stage reads them."""
-        if any("images" in stage.objective.needs for stage in self.recipe.stages.values()):
+        if any(stage.needs_images for stage in self.recipe.stages.values()):
             self._write_images()
         if not self.recipe.needs_trajectories:
             return
@@ -345,6 +374,8 @@ class Run:
     def _log_row(self, row: Row) -> None:
         name = f"{row.stage or row.generator}_{row.solver}"
         metrics = {f"fid_{row.fid_features}": row.fid, "precision": row.precision, "recall": row.recall}
+        if row.second_fid is not None:
+            metrics[f"fid_{row.second_features}"] = row.second_fid
         self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
         if row.stage:
             tracker = self._stage_tracker(self.job(row.stage))
@@ -370,6 +401,9 @@ class Run:
             "num_reference": len(self.splits.reference),
             "fid_features": self.extractor.name,
         }
+        if second := self.second_reference:
+            reference["second_real_fid"], reference["second_halves_fid"] = second.real_fid, second.halves_fid
+            reference["second_features"] = second.extractor.name
         report = Report(
             recipe=self.recipe.to_dict(),
             fingerprint=self.recipe.fingerprint,

@@ -8,17 +8,58 @@ from typing import Any, Literal
 from hd_core.networks.awd import AWDConfig
 from hd_core.objectives.dmd import DMD
 from hd_core.objectives.mean_velocity import MeanVelocity
+from hd_core.objectives.meanflow import MeanFlow
 from hd_core.objectives.sfd import SFD
 from hd_core.random import fold_in
 from hd_core.step import OptimizerConfig
 from pipelines.artifacts import atomic_path, ensure_same, file_hash, read_json
 from pipelines.shards import ShardSet
+from pipelines.stability import StopConfig
 from pipelines.teachers import TeacherConfig
 
 Logged = dict[str, float]
 
-FREE_STAGE_FIELDS = ("label", "log_every", "checkpoint_every")
+FREE_STAGE_FIELDS = ("label", "log_every", "checkpoint_every", "stop")
 """Fields of a stage that change nothing of what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """When a student is looked at while it trains, and what is kept of it."""
+
+    every: int = 0
+    """Iterations between looks, the last one included; 0: never."""
+    num_samples: int = 1000
+    """Samples of each look, at the same noises and classes every time."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights the stage passes on: the last, or those with the best FID of a probe. The other file stays too."""
+    fake_score_moves: int = 0
+    """Moves by which a copy of the fake score is trained on, to tell how far the fake score lags; 0: not measured."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.fake_score_moves < 0 or self.num_samples < 2:
+            raise ValueError(
+                "every and fake_score_moves must not be negative and num_samples at least 2; given"
+                f" {self.every}, {self.fake_score_moves} and {self.num_samples}"
+            )
+        if self.keep == "best" and not self.every:
+            raise ValueError("keep best needs probes: set every to a number of iterations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScoreConfig:
+    """What the fake score is made of; it starts as the teacher."""
+
+    kind: Literal["full", "lora"] = "full"
+    """full: a copy of the teacher, all of which moves. lora: the frozen teacher with low-rank adapters that move."""
+    rank: int = 32
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Scale of the adapters, divided by their rank."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"rank must be at least 1 and alpha positive; given {self.rank} and {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +82,10 @@ class StageConfig:
     """What the student's weights start from: the teacher, or an earlier stage."""
     label: str = ""
     """What the report calls its generator; empty: the stage's own name."""
-    objective: MeanVelocity | DMD | SFD
+    objective: MeanVelocity | MeanFlow | DMD | SFD
     """The method, by its ``name``."""
+    guidance_scale: float | None = None
+    """Guidance of the teacher that this stage learns from; null: the recipe's teacher.guidance_scale."""
     num_steps: int = 500
     """Iterations."""
     batch_size: int = 128
@@ -53,6 +96,12 @@ class StageConfig:
     """How each player moves."""
     discriminator: AWDConfig = field(default_factory=AWDConfig)
     """The discriminator's heads, where the objective has one."""
+    fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
+    """What the fake score is made of, where the objective has one."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """When the student is looked at while it trains, and which of its weights are passed on."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """Signs of a collapse, which end the stage early with a message."""
     log_every: int = 10
     """Iterations between points of the training curve."""
     checkpoint_every: int = 200
@@ -64,6 +113,13 @@ class StageConfig:
                 raise ValueError(f"{name} must be at least 1; given {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1); given {self.ema_decay}")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number of at least 0, or null; given {self.guidance_scale}")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether its objective or its probes read real images."""
+        return "images" in self.objective.needs or self.probe.every > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +166,20 @@ class StageJob:
     images: ShardSet | None
     inputs: dict[str, Any]
     """What determines the result; a checkpoint from other inputs is refused."""
+    features: str = ""
+    """Feature net of the probes, where there are any."""
 
     @property
     def data(self) -> list[ShardSet]:
-        """The shard sets that the objective reads."""
-        return [shards for shards in (self.trajectories, self.images) if shards is not None]
+        """The shard sets that the objective reads in batches."""
+        given = {"trajectories": self.trajectories, "images": self.images}
+        return [shards for need, shards in given.items() if need in self.stage.objective.needs and shards is not None]
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the teacher in this stage."""
+        own = self.stage.guidance_scale
+        return self.teacher.guidance_scale if own is None else own
 
     @property
     def checkpoints(self) -> Path:
@@ -123,6 +188,16 @@ class StageJob:
     @property
     def weights(self) -> Path:
         return Path(self.folder) / "student.safetensors"
+
+    @property
+    def other_weights(self) -> Path:
+        """The last weights, where the best were chosen; `student-best` beside it holds those."""
+        return Path(self.folder) / "student-last.safetensors"
+
+    @property
+    def looks(self) -> Path:
+        """What the discriminator said of some images when the stage ended."""
+        return Path(self.folder) / "token_weights.npz"
 
     @property
     def manifest(self) -> Path:
@@ -173,6 +248,7 @@ class Curve:
         self.path = path
         kept = [line for line in self.read(path) if line["step"] <= step]
         self.seconds: float = kept[-1]["seconds"] if kept else 0.0
+        self.kept = kept
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 

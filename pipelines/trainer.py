@@ -1,20 +1,25 @@
 """The worker loop of a stage, the same for every objective and any number of workers."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hd_core.objectives.dmd import DMD
 from hd_core.objectives.turns import Batch
 from hd_core.random import Draws
 from hd_core.step import train_step
 from pipelines.artifacts import write_json
 from pipelines.cast import build
-from pipelines.checkpoints import load_latest, remove_checkpoints, save_checkpoint, save_weights
+from pipelines.checkpoints import load_latest, load_weights, remove_checkpoints, save_checkpoint, save_weights
 from pipelines.feed import Feed
+from pipelines.probing import BestWeights, Probe, save_looks
 from pipelines.process import default_device
+from pipelines.stability import Collapsed, StopRule
 from pipelines.stages import Curve, Logged, StageJob, TrainConfig, step_seed
 from pipelines.teachers import load_teacher
 
@@ -66,6 +71,12 @@ class Group:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the workers."""
+        found = value.detach().clone()
+        self.average([found])
+        return found
+
     def first(self, found: Exception | None) -> Exception | None:
         """What the first worker that found something found; the same on every worker."""
         if self.size == 1:
@@ -94,8 +105,11 @@ class StageTrainer:
         self.rows = group.rows(job.stage.batch_size)
         self.device = _device(job.train)
         self.teacher = load_teacher(job.teacher).to(self.device)
-        self.state, self.cast = build(job, self.teacher)
-        self.recent = _Recent()
+        self.state, self.cast = build(job, self.teacher, group.mean)
+        self.recent, self.rule = _Recent(), StopRule(job.stage.stop)
+        leads = group.rank == 0 and job.stage.probe.every > 0
+        self.probe = Probe(job, self.teacher, self.cast) if leads else None
+        self.best = BestWeights(job) if leads else None
 
     def restore(self) -> None:
         """Go to the last whole checkpoint, if there is one.
@@ -111,6 +125,8 @@ class StageTrainer:
         """Train to the end, then leave the average behind as the stage's result."""
         curve = Curve(self.job.curve, self.state.step) if self.group.rank == 0 else None
         feed = Feed(self.job, self.teacher, self.rows, self.state.step)
+        for point in curve.kept if curve else []:
+            self.rule.see(point)
         before, started = curve.seconds if curve else 0.0, time.perf_counter()
         self.watch.progress(self.state.step)
         for batch in feed.batches(self.job.stage.num_steps):
@@ -134,38 +150,95 @@ class StageTrainer:
         self.recent.add(logged)
         done, last = self.state.step, self.state.step == stage.num_steps
         checkpoint = done % stage.checkpoint_every == 0 and not last
-        if done % stage.log_every == 0 or checkpoint or last or done == 1:
-            self._log(done, curve, seconds)
+        probed = stage.probe.every > 0 and (done % stage.probe.every == 0 or last)
+        if done % stage.log_every == 0 or checkpoint or last or probed or done == 1:
+            self._log(done, curve, seconds, probed=probed)
         if checkpoint and self.group.rank == 0:
             save_checkpoint(self.job.checkpoints, self.state, self.job.inputs)
         self.watch.progress(done)
 
-    def _log(self, step: int, curve: "Curve | None", seconds: Callable[[], float]) -> None:
+    def _look(self, step: int) -> Logged:
+        """What the first worker's probe sees; the best weights so far are kept.
+
+        Raises:
+            FloatingPointError: on every worker, where the student's samples are not finite.
+        """
+        values = self.probe.look(self.state) if self.probe else {}
+        diverged = self.group.first(self._divergence(step, values))
+        if diverged:
+            raise diverged
+        if self.best:
+            self.best.offer(step, values["probe/fid"], self.state.average)
+        return values
+
+    def _log(self, step: int, curve: "Curve | None", seconds: Callable[[], float], *, probed: bool) -> None:
         means = self.recent.means()
         values = torch.stack(list(means.values()))
         self.group.average([values])
         numbers = dict(zip(means, values.tolist(), strict=True))
-        bad = [name for name, value in numbers.items() if value != value or abs(value) == float("inf")]
-        if bad:
-            raise FloatingPointError(
-                f"stage {self.job.name} diverged: {', '.join(bad)} is not finite at step {step}. The last checkpoint is"
-                " kept; a lower learning rate or max_grad_norm usually helps"
-            )
+        if diverged := self._divergence(step, numbers):
+            raise diverged
+        numbers |= self._look(step) if probed else {}
         if curve:
             curve.add(step, {**numbers, "seconds": seconds()})
             self.watch.logged(step, numbers)
+        self._stop_collapse(step, self.rule.see(numbers) if curve else None)
+
+    def _divergence(self, step: int, values: Logged) -> FloatingPointError | None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
+            return None
+        return FloatingPointError(
+            f"stage {self.job.name} diverged: {', '.join(bad)} is not finite at step {step}. The last checkpoint is"
+            " kept; a lower learning rate or max_grad_norm usually helps"
+        )
+
+    def _stop_collapse(self, step: int, sign: str | None) -> None:
+        """Raises Collapsed, on every worker, where the first one has seen a sign."""
+        if sign:
+            self._save_looks()  # of all stages, this one's are worth seeing
+        found = self.group.first(Collapsed(self._farewell(step, sign)) if sign else None)
+        if found:
+            raise found
+
+    def _farewell(self, step: int, sign: str) -> str:
+        best, kept = self.best, ""
+        if best is not None and best.step is not None:
+            kept = f" The best weights so far, of step {best.step}, are in {best.weights}."
+        return (
+            f"stage {self.job.name} was stopped at step {step}: {sign}.{kept} Train on regardless with --set"
+            f" stages.{self.job.name}.stop.enabled=false"
+        )
 
     def _finish(self, seconds: float) -> None:
-        sha256 = save_weights(self.job.weights, self.state.average)
+        self._save_looks()
+        chosen = self._choose()
         result = {
             "inputs": self.job.inputs,
             "start_sha256": self.job.start_hash(),
-            "sha256": sha256,
+            "sha256": save_weights(self.job.weights, self.state.average),
             "train_seconds": seconds,
             "steps": self.state.step,
+            **chosen,
         }
         write_json(self.job.manifest, result)
         remove_checkpoints(self.job.checkpoints)
+
+    def _choose(self) -> dict[str, Any]:
+        """Bring the average to the weights that are passed on; what the manifest is to say of them."""
+        if self.best is None or self.best.step is None:
+            return {}
+        about = {"best_step": self.best.step, "best_probe_fid": self.best.fid}
+        if self.job.stage.probe.keep == "last":
+            return {**about, "kept": "last"}
+        save_weights(self.job.other_weights, self.state.average)
+        load_weights(self.best.weights, self.state.average)
+        return {**about, "kept": "best"}
+
+    def _save_looks(self) -> None:
+        """What the discriminator says of some generated and real images at the end."""
+        if "discriminator" in self.state.players and isinstance(self.job.stage.objective, DMD):
+            save_looks(self.job, self.teacher, self.state, self.cast)
 
 
 class _Recent:

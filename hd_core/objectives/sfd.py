@@ -9,13 +9,13 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from hd_core.objectives.turns import Batch, Cast, Need, PlayerName, Terms, Turn, Turns
-from hd_core.paths import expand, jump
+from hd_core.paths import jump
 from hd_core.random import Draws
 from hd_core.times import GridConfig, nested_positions
 from hd_core.types import Condition, FlowMap, Grid, Images, PerSample, Times
+from hd_core.walk import afs_velocity
 
 Distance = Literal["l1", "l2", "pseudo_huber"]
 
@@ -86,14 +86,3 @@ def distance(x: Images, target: Images, kind: Distance) -> PerSample:
     # Song & Dhariwal 2024, section 3.3: c = 0.00054 sqrt(dimensions).
     c = 0.00054 * difference.shape[1] ** 0.5
     return (difference.square().sum(1) + c**2).sqrt() - c
-
-
-def afs_velocity(x_t: Images, t: Times) -> Images:
-    """The analytical first direction of SFD in this project's time.
-
-    EDM's form is ``d = x / sqrt(1 + sigma^2)``, whose data end is ``D = x - sigma d``. With ``n^2 = (1-t)^2 + t^2``
-    that is ``D = x_t (1 - t) / (n (n + t))``, written so that it stays exact at ``t = 1``, where ``D = 0``.
-    """
-    n = torch.sqrt((1 - t) ** 2 + t**2)
-    share: Tensor = (1 - t) / (n * (n + t))
-    return x_t * expand((1 - share) / t, x_t)

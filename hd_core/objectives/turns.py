@@ -122,3 +122,8 @@ class Objective(Protocol):
     def turns(self, cast: Cast, batch: Batch, draws: Draws, step: int) -> Turns:
         """The moves of one iteration."""
         ...
+
+
+def first_step_is_analytical(objective: Objective) -> bool:
+    """Whether its student's first step is computed without the network: its field ``afs``, where it has one."""
+    return bool(getattr(objective, "afs", False))

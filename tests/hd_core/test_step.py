@@ -63,7 +63,8 @@ class TestRates:
 
     def test_the_optimizer_is_as_configured(self):
         network = nn.Linear(2, 2)
-        optimizer = OptimizerConfig(learning_rate=0.3, betas=(0.1, 0.2), weight_decay=0.4).optimizer(network)
+        config = OptimizerConfig(learning_rate=0.3, betas=(0.1, 0.2), weight_decay=0.4)
+        optimizer = config.optimizer([*network.parameters()])
         group = optimizer.param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.1, 0.2), 0.4)
         assert [id(p) for p in group["params"]] == [id(p) for p in network.parameters()]

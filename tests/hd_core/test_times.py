@@ -1,4 +1,7 @@
-"""Grids against the numbers of EDM and SFD, and their laws."""
+"""Grids against the numbers of EDM and SFD, and their laws; pairs of times against their distributions."""
+
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hd_core.paths import log_snr_half, sigma_of_t
-from hd_core.times import GridConfig, GridKind, custom, nested_positions
+from hd_core.random import Draws
+from hd_core.times import GridConfig, GridKind, TimePairs, custom, nested_positions
 
 EDM = GridConfig(kind="polynomial", t_max=80 / 81, t_min=0.006 / 1.006)
 
@@ -109,3 +113,62 @@ def test_custom_grid():
 def test_custom_mistakes_are_named(times: list[float]):
     with pytest.raises(ValueError, match=r"descend strictly within \[0, 1\]"):
         custom(times)
+
+
+ROWS = 20_000
+DRAWS = Draws(seed=5, rows=slice(0, ROWS), total=ROWS)
+
+
+def test_uniform_pairs():
+    """The greater of two uniforms has the mean 2/3 and the smaller 1/3; both have the variance 1/18."""
+    t, r = TimePairs(kind="uniform").draw(DRAWS)
+    assert ((r >= 0) & (r <= t) & (t <= 1)).all()
+    error = 4 * (1 / 18 / ROWS) ** 0.5
+    assert t.mean().item() == pytest.approx(2 / 3, abs=error)
+    assert r.mean().item() == pytest.approx(1 / 3, abs=error)
+    assert (t < 0.5).double().mean().item() == pytest.approx(0.25, abs=4 * (0.1875 / ROWS) ** 0.5)
+
+
+def test_pairs_of_two_equal_logit_normals():
+    """Of two normals the greater has the mean ``m + s / sqrt(pi)``; together they keep mean and variance."""
+    t, r = (
+        torch.logit(time.double()) for time in TimePairs(t_mean=-0.4, t_std=1.5, r_mean=-0.4, r_std=1.5).draw(DRAWS)
+    )
+    error = 4 * 1.5 / ROWS**0.5
+    assert (r <= t).all()
+    assert t.mean().item() == pytest.approx(-0.4 + 1.5 / math.sqrt(math.pi), abs=error)
+    assert r.mean().item() == pytest.approx(-0.4 - 1.5 / math.sqrt(math.pi), abs=error)
+    both = torch.cat([t, r])
+    assert both.mean().item() == pytest.approx(-0.4, abs=error)
+    assert both.std().item() == pytest.approx(1.5, abs=error)
+
+
+def test_pairs_of_two_logit_normals_far_apart():
+    """They then stand in order of themselves."""
+    t, r = (
+        torch.logit(time.double()) for time in TimePairs(t_mean=2.0, t_std=0.5, r_mean=-3.0, r_std=0.25).draw(DRAWS)
+    )
+    for drawn, mean, std in ((t, 2, 0.5), (r, -3, 0.25)):
+        assert drawn.mean().item() == pytest.approx(mean, abs=4 * std / ROWS**0.5)
+        assert drawn.std().item() == pytest.approx(std, abs=4 * std / (2 * ROWS) ** 0.5)
+
+
+def test_pairs_are_each_rows_own():
+    part = Draws(seed=5, rows=slice(100, 200), total=ROWS)
+    for whole, half in zip(TimePairs().draw(DRAWS), TimePairs().draw(part), strict=True):
+        assert torch.equal(whole[100:200], half)
+        assert len(whole.unique()) > 0.99 * ROWS
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"t_mean": math.nan}, "must be finite; given nan and -0.4"),
+        ({"r_mean": math.inf}, "must be finite; given -0.4 and inf"),
+        ({"t_std": -1.0}, "must be finite and >= 0; given -1.0 and 1.0"),
+        ({"r_std": math.nan}, "must be finite and >= 0; given 1.0 and nan"),
+    ],
+)
+def test_mistaken_pairs_are_named(fields: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        TimePairs(**fields)

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("without_ray")
 ON_A_RECIPE = {"RECIPE", "--set", "--run-dir"}
 COMMANDS = {
     "run": ON_A_RECIPE | {"--dry-run"},
+    "teacher": {"RECIPE", "--set"},
+    "features": {"RECIPE", "--set", "--out", "--task", "--seed", "--steps"},
     "precompute": ON_A_RECIPE,
     "train": ON_A_RECIPE | {"--stage"},
     "evaluate": ON_A_RECIPE,

@@ -65,7 +65,8 @@ def test_digits_longhand() -> None:
 
 
 def test_fingerprint_follows_the_contents() -> None:
-    marks = [load_images(DataConfig(**kind)).fingerprint for kind in ({}, {}, {"split_seed": 1}, {"held_out": 599})]
+    configs = (DataConfig(), DataConfig(), DataConfig(split_seed=1), DataConfig(held_out=599))
+    marks = [load_images(config).fingerprint for config in configs]
     assert marks[0] == marks[1] and len(set(marks)) == 3
 
 
@@ -223,6 +224,43 @@ def test_mixed_sizes_are_cropped_and_resized(tmp_path: Path) -> None:
     assert row.shape == (4, 4, 3) and row.min() >= 125
 
 
+@pytest.mark.parametrize("channels", [0, 3])
+def test_padding_changes_no_pixel(channels: Any, tmp_path: Path) -> None:
+    """28x28 in 32x32 has two black pixels on each side; an odd border is wider right and below."""
+    train, test = pixels(5, 28, 28), pixels(3, 27, 30, seed=1)
+    np.savez(tmp_path / "a.npz", x_train=train, x_test=test)
+    config = DataConfig(kind="npz", path=str(tmp_path / "a.npz"), image_size=32, channels=channels or 1, fit="pad")
+    splits = load_images(config)
+    assert splits.train.shape == splits.reference.shape == (channels or 1, 32, 32)
+    for channel in range(channels or 1):
+        expected = np.pad(train, ((0, 0), (2, 2), (2, 2)))
+        assert np.array_equal(splits.train.images[..., channel], expected)
+        expected = np.pad(test, ((0, 0), (2, 3), (1, 1)))
+        assert np.array_equal(splits.reference.images[..., channel], expected)
+
+
+def test_pictures_of_a_folder_are_padded(tmp_path: Path) -> None:
+    write_pictures(tmp_path, size=(4, 6))
+    splits = load_images(folder_config(tmp_path, image_size=8, fit="pad", channels=1))
+    for part in (splits.train, splits.reference):
+        assert np.array_equal(
+            part.images[..., 0] > 0, np.pad(part.images[:, 1:7, 2:6, 0] > 0, ((0,) * 2, (1,) * 2, (2,) * 2))
+        )
+    order = np.random.RandomState(0).permutation(12)
+    assert splits.train.images[:, 4, 4, 0].tolist() == [20 * index for index in order[:-3]]
+
+
+def test_padding_does_not_shrink(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", size=(6, 9))
+    np.savez(tmp_path / "a.npz", x=pixels(5, 4, 9))
+    for config, message in (
+        (folder_config(tmp_path / "pictures", image_size=8, fit="pad"), r"cat/0.png: images of 6x9 do not fit"),
+        (DataConfig(kind="npz", path=str(tmp_path / "a.npz"), image_size=8, fit="pad"), "of 9x4 .*image_size 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(config)
+
+
 def test_modes_become_colour(tmp_path: Path) -> None:
     """Palette, transparent, CMYK and 1-bit pictures, one of 1x1 and one that EXIF turns."""
     for index, mode in enumerate(("P", "RGBA", "CMYK", "1", "L", "LA")):
@@ -295,6 +333,8 @@ def test_sets_too_large_for_memory_are_refused(tmp_path: Path, monkeypatch: pyte
         ({"path": "a"}, "digits has no path"),
         ({"image_size": -1}, "image_size"),
         ({"channels": 2}, "channels must be 1, 3 or 0"),
+        ({"fit": "stretch"}, "fit must be resize or pad; given 'stretch'"),
+        ({"fit": "pad"}, "fit pad needs an image_size"),
         ({"held_out": 0}, "held_out must be"),
         ({"held_out": 1.0}, "share between 0 and 1"),
         ({"held_out": float("nan")}, "share between 0 and 1"),

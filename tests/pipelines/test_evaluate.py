@@ -1,5 +1,6 @@
 """Evaluation against longhand: walks, distances, operations, and what is reused or refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import pytest
 import scipy.linalg
 import torch
 
-from hd_core.objectives.sfd import afs_velocity
 from hd_core.random import sample_labels, sample_noise
-from hd_core.times import custom
 from hd_core.types import Condition
 from pipelines.artifacts import read_json, write_json
-from pipelines.data import to_uint8
-from pipelines.evaluate import EvaluateConfig, Evaluator, Generator, evaluation_seed, make_sampler, walk
-from pipelines.report import Row
+from pipelines.data import load_images, to_uint8
+from pipelines.evaluate import EvaluateConfig, Evaluator, Generator, evaluation_seed, make_sampler
+from pipelines.feature_training import FeatureTraining, make_feature_net
+from pipelines.features import FeatureNet, FeatureNetConfig, save_feature_net
+from pipelines.recipe import override
+from pipelines.report import Row, read_report
 from pipelines.run import Run
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import open_run
@@ -38,36 +40,6 @@ def generator_of(job: Run, key: str) -> Generator:
 
 
 # Sampling
-
-
-def linear(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """A flow map whose mean velocity depends on everything that it is told."""
-    assert condition.labels is not None
-    return x * (t - r)[:, None, None, None] + condition.labels[:, None, None, None]
-
-
-def test_a_walk_is_one_jump_for_each_interval():
-    x, condition = torch.randn(3, 1, 2, 2), Condition(labels=torch.tensor([0, 1, 2]))
-    label = torch.tensor([0.0, 1.0, 2.0])[:, None, None, None]
-    middle = x - 0.25 * (0.25 * x + label)
-    wanted = middle - 0.75 * (0.75 * middle + label)
-    assert torch.allclose(walk(linear, custom([1.0, 0.75, 0.0]), False, x, condition), wanted, atol=1e-6)
-
-
-def test_a_walk_with_an_analytical_first_step_asks_the_network_once_less():
-    asked: list[tuple[float, float]] = []
-
-    def counting(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> torch.Tensor:
-        asked.append((t[0].item(), r[0].item()))
-        assert t.dtype == x.dtype
-        return linear(x, t, r, condition)
-
-    x, condition = torch.randn(2, 1, 2, 2), Condition(labels=torch.tensor([0, 1]))
-    found = walk(counting, custom([1.0, 0.5, 0.0]), True, x, condition)
-    assert asked == [(0.5, 0.0)]
-    after = x - 0.5 * afs_velocity(x, torch.ones(2))
-    wanted = after - 0.5 * (0.5 * after + torch.tensor([0.0, 1.0])[:, None, None, None])
-    assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_samples_carry_no_gradient(job: Run):
@@ -149,6 +121,68 @@ def test_a_row_says_what_was_measured(job: Run, tmp_path: Path):
 def test_a_longer_evaluation_keeps_no_more_pictures_than_asked_for(job: Run, tmp_path: Path):
     row = evaluator_of(job, tmp_path, pictures=130).measure(generator_of(job, "teacher-euler-1"))
     assert len(np.load(tmp_path / row.samples)["images"]) == 130
+
+
+# A second feature net
+
+
+@pytest.fixture(scope="module")
+def judged(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with a second net, in a directory of its own."""
+    folder = tmp_path_factory.mktemp("second")
+    splits = load_images(finished.recipe.data)
+    make_feature_net(folder / "bars", splits, "denoise", FeatureTraining(num_steps=2), 0, lambda _: None)
+    shutil.copytree(finished.run_dir, folder / "run")
+    recipe = override(finished.recipe, {"evaluate.second_features": str(folder / "bars")})
+    return open_run(recipe, folder / "run")
+
+
+def test_the_second_fid_is_that_of_the_same_samples_under_the_second_net(job: Run, judged: Run, tmp_path: Path):
+    generator, extractor = generator_of(job, "teacher-euler-2"), judged.second_extractor
+    assert extractor is not None and extractor.name == "bars"
+    row = evaluator_of(judged, tmp_path, pictures=200, batch_size=77).measure(generator)
+    images, held_out = np.load(tmp_path / row.samples)["images"], judged.splits.reference.images
+    assert row.second_features == "bars"
+    assert row.second_fid == pytest.approx(longhand_fid(extractor(images), extractor(held_out)), rel=1e-3)
+    first = read_json(job.dir.evaluation / "teacher-euler-2.json")["row"]
+    assert row.fid == pytest.approx(first["fid"], rel=1e-6) and row.precision == first["precision"]
+    assert first["second_fid"] is None and first["second_features"] == ""
+    assert evaluator_of(judged, tmp_path, pictures=200).finished(generator) == row
+
+
+def test_the_report_says_what_real_images_get_under_the_second_net(job: Run, judged: Run, tmp_path: Path):
+    row = evaluator_of(judged, tmp_path).measure(generator_of(job, "teacher-euler-1"))
+    judged.report([row])
+    about, extractor = read_report(judged.dir.path / "report.json"), judged.second_extractor
+    assert extractor is not None
+    train, held_out = (extractor(part.images) for part in (judged.splits.train, judged.splits.reference))
+    assert about.reference["second_features"] == "bars" and about.rows == [row]
+    assert about.reference["second_real_fid"] == pytest.approx(longhand_fid(train, held_out), rel=1e-3)
+    half = len(held_out) // 2
+    wanted = longhand_fid(held_out[:half], held_out[half:])
+    assert about.reference["second_halves_fid"] == pytest.approx(wanted, rel=1e-3)
+    assert "second_features" not in read_report(job.dir.path / "report.json").reference
+
+
+def test_rows_from_before_a_second_net_stay_valid_without_it_and_are_refused_with_it(job: Run, judged: Run):
+    generator = generator_of(job, "refine-flow_map-1")
+    alone, together = job.evaluator().inputs(generator), judged.evaluator().inputs(generator)
+    second = judged.second_extractor
+    assert second is not None and together == alone | {"second_feature_net": second.fingerprint}
+    assert "second_feature_net" not in alone
+    with pytest.raises(ValueError, match="second_feature_net: not set there, "):
+        evaluator_of(judged, job.dir.evaluation).finished(generator)
+
+
+def test_a_net_for_other_images_is_refused_before_anything_is_done(judged: Run, tmp_path: Path):
+    config = FeatureNetConfig(size=12, channels=1, widths=(4, 4), num_classes=2)
+    (tmp_path / "other").mkdir()
+    save_feature_net(tmp_path / "other", FeatureNet(config), {})
+    for key in ("features", "second_features"):
+        recipe = override(judged.recipe, {f"evaluate.{key}": str(tmp_path / "other")})
+        with pytest.raises(ValueError, match=r"the feature net other takes images of .* these are \(1, 8, 8\)"):
+            open_run(recipe, tmp_path / "run").execute(0.0)
+    assert not (tmp_path / "run").exists()
 
 
 # Operations: a product of (m, k) and (k, n) is 2 m k n.
@@ -239,6 +273,8 @@ def test_all_that_makes_a_generator_is_among_its_inputs(job: Run):
     [
         ({"num_samples": 1}, "num_samples must be at least 2"),
         ({"batch_size": 0}, "batch_size, neighbours and pictures at least 1"),
+        ({"features": ""}, "features must name a net"),
+        ({"second_features": "nets/digits"}, "second_features one of another name; given 'digits' and 'nets/digits'"),
         ({"num_samples": 5}, "neighbours must be below num_samples; given 5 and 5"),
         ({"solvers": {"rk4": (1,)}}, "solvers: 'rk4' is not one of euler, "),
         ({"solvers": {"euler": ()}}, "solvers.euler: step counts must be at least 1"),

@@ -35,8 +35,8 @@ def test_calls_of_a_fresh_run(finished: Finished, tmp_path: Path):
     assert calls(found) == {
         "precompute": 64 * 4,
         "sketch": 5 * 16 * 3,  # forward, and a backward pass that counts as two
-        # Sample 1, fake score 3, judge of two sets 2; every second time a generator: 3, two scores 2, through judge 3.
-        "refine": 4 * 16 * (1 + 3 + 2 + (3 + 2 + 3) // 2),
+        # Sample 1, fake score 3, judge of two sets 2; every second time a generator: back 2, two scores 2, judge 3.
+        "refine": 4 * 16 * round(1 + 3 + 2 + (2 + 2 + 3) / 2),
         "sfd_2": 4 * 16 * 2 * 3,
         "sfd_4": 4 * 16 * 3 * 3,  # one of four steps is analytical
         "evaluate": TEACHER_CALLS + STUDENT_CALLS,
@@ -90,8 +90,11 @@ def test_shards_that_are_there_are_counted(tmp_path: Path):
         (MeanVelocity(), 3),
         (SFD(intervals=3), 9),
         (SFD(intervals=3, afs=True), 6),
-        (DMD(update_ratio=1, adversarial=Adversarial(weight=0.0)), 1 + 3 + 3 + 2),
-        (DMD(update_ratio=1, adversarial=Adversarial(weight=0.1)), 1 + 3 + 2 + 3 + 2 + 3),
+        (DMD(update_ratio=1, adversarial=Adversarial(weight=0.0)), 1 + 3 + 2 + 2),
+        (DMD(update_ratio=1, adversarial=Adversarial(weight=0.1)), 1 + 3 + 2 + 2 + 2 + 3),
+        (DMD(update_ratio=1, adversarial=Adversarial(loss="relativistic", r1_weight=1.0)), 1 + 3 + 3 + 2 + 2 + 4),
+        (DMD(update_ratio=1, intervals=3, afs=True, adversarial=Adversarial(weight=0.0)), 2 + 3 + 4 + 2),
+        (DMD(update_ratio=1, intervals=3, gradient_steps=1, adversarial=Adversarial(weight=0.0)), 3 + 3 + 2 + 2),
         (DMD(update_ratio=8, adversarial=Adversarial(weight=0.1)), 1 + 3 + 2 + 1),
     ],
 )

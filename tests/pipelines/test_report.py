@@ -26,6 +26,8 @@ FIDS = {
     ("hd", "refine", "flow_map"): {1: 3.21},
     ("sfd", "sfd", "flow_map"): {2: 9.3, 4: 4.2},
 }
+REFERENCE = {"real_fid": 2.4, "halves_fid": 4.4, "num_reference": 360, "fid_features": "digits"}
+SECOND = {"second_real_fid": 0.31, "second_halves_fid": 0.52, "second_features": "denoise_8"}
 
 
 def make_rows() -> list[Row]:
@@ -50,11 +52,17 @@ def make_report(**changes: object) -> Report:
             Phase(name="precompute", wall_seconds=0.4, reused=True),
             Phase(name="sketch", wall_seconds=41.2, reused=False),
         ],
-        reference={"real_fid": 2.4, "halves_fid": 4.4, "num_reference": 360, "fid_features": "digits"},
+        reference=dict(REFERENCE),
         environment={"python": "3.11.9", "packages": {"torch": "2.13.0"}},
         created="2026-01-05T12:00:00+00:00",
     )
     return dataclasses.replace(made, **changes)
+
+
+def make_second_report() -> Report:
+    """With a second feature net, under which the order is another."""
+    rows = [dataclasses.replace(row, second_fid=100 / row.fid, second_features="denoise_8") for row in make_rows()]
+    return make_report(rows=rows, reference=REFERENCE | SECOND)
 
 
 def make_samples(side: int = 8, channels: int = 1, count: int = 100) -> tuple[np.ndarray, np.ndarray]:
@@ -124,19 +132,29 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_json_has_exactly_the_documented_keys(tmp_path: Path) -> None:
-    write_report(make_report(), tmp_path)
+    write_report(make_second_report(), tmp_path)
     record = json.loads((tmp_path / "report.json").read_text())
     tables = [set(re.findall(r"^\| `(\w+)` \|", part, re.M)) for part in DOCS.read_text().split("\n| key |")[1:]]
     assert [set(record), set(record["rows"][0]), set(record["phases"][0]), set(record["reference"])] == tables
-    assert record["schema_version"] == 1 == report.SCHEMA_VERSION
-    assert record["rows"][0]["fid"] == 251.25
+    assert record["schema_version"] == 2 == report.SCHEMA_VERSION
+    assert record["rows"][0]["fid"] == 251.25 and record["rows"][0]["second_fid"] == 100 / 251.25
 
 
 def test_documented_types_are_those_of_the_fields() -> None:
-    names = {"string": str, "integer": int, "number": float, "boolean": bool}
-    documented = dict(re.findall(r"^\| `(\w+)` \| (string|integer|number|boolean) \|", DOCS.read_text(), re.M))
+    names = {"string": str, "integer": int, "number": float, "boolean": bool, "number or null": float | None}
+    documented = dict(re.findall(rf"^\| `(\w+)` \| ({'|'.join(names)}) \|", DOCS.read_text(), re.M))
     for field in (*dataclasses.fields(Row), *dataclasses.fields(Phase)):
-        assert names[documented[field.name]] is field.type, field.name
+        assert names[documented[field.name]] == field.type, field.name
+
+
+def test_a_report_of_version_1_is_read_as_one_without_a_second_net(tmp_path: Path) -> None:
+    record = json.loads(report.to_json(make_report(schema_version=1)))
+    for row in record["rows"]:
+        del row["second_fid"], row["second_features"]
+    (tmp_path / "report.json").write_text(json.dumps(record))
+    read = rebuild(tmp_path)
+    assert read == make_report(schema_version=1)
+    assert read.rows[0].second_fid is None and read.rows[0].second_features == ""
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -153,7 +171,7 @@ def test_non_finite_numbers_are_refused_before_anything_is_written(tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema_version"], 2, r"schema_version is 2; this hdistill reads 1"),
+        (["schema_version"], 3, r"schema_version is 3; this hdistill reads 1 and 2"),
         (["schema_version"], None, r"schema_version is missing"),
         (["fingerprint"], None, r"fingerprint is missing"),
         (["rows"], {}, r"rows must be list"),
@@ -161,6 +179,9 @@ def test_non_finite_numbers_are_refused_before_anything_is_written(tmp_path: Pat
         (["rows", 1, "fid"], None, r"rows\[1\]\.fid is missing"),
         (["rows", 1, "fid"], "low", r"rows\[1\]\.fid must be float, not 'low'"),
         (["rows", 1, "fid"], float("nan"), r"rows\[1\]\.fid is nan"),
+        (["rows", 1, "second_fid"], "low", r"rows\[1\]\.second_fid must be float, not 'low'"),
+        (["rows", 1, "second_fid"], float("nan"), r"rows\[1\]\.second_fid is nan"),
+        (["reference", "second_features"], "x", r"reference\.second_real_fid is missing"),
         (["rows", 1, "nfe"], 1.5, r"rows\[1\]\.nfe must be int"),
         (["rows", 1, "nfe"], True, r"rows\[1\]\.nfe must be int"),
         (["rows", 1, "nfe"], 0, r"nfe of teacher is 0"),
@@ -303,6 +324,93 @@ def test_a_page_without_some_pictures_says_so(tmp_path: Path) -> None:
     assert page.tags["img"] == 1 + len(made.rows) - 1 + 3
 
 
+def fill_stage(run_dir: Path, stage: str, tokens: int = 16, layers: int = 2) -> Path:
+    """What a stage with a discriminator and probes leaves behind; returns the file of its token weights."""
+    folder = run_dir / "stages" / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"real_logit": 0.4, "fake_logit": -0.4, "gradient_norm/student": 2.0, "probe/diversity": 0.9}
+    lines = [json.dumps({"step": step, "loss/a": 0.5, "probe/fid": 9.0 / step, **values}) for step in range(1, 6)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    images, logits = np.zeros((3, 8, 8, 1), np.uint8), np.ones((3, layers), np.float32)
+    weights = np.full((3, layers, 4, tokens), 1 / tokens, np.float32)
+    arrays = {"images": images, "logits": logits, "weights": weights}
+    np.savez_compressed(
+        folder / "token_weights.npz", **{f"{kind}_{k}": v for kind in ("fake", "real") for k, v in arrays.items()}
+    )
+    return folder / "token_weights.npz"
+
+
+def test_a_stage_with_a_discriminator_has_its_chart_and_its_sheet(tmp_path: Path) -> None:
+    stages = {"sketch": {}, "refine": {"discriminator": {"layers": [1, 3]}}, "sfd": {}}
+    made = make_report(recipe={"stages": stages}, rows=[])
+    fill_stage(fill(tmp_path, made), "refine")
+    write_report(made, tmp_path)
+    page = read_page(tmp_path)
+    assert page.open == [] and page.tags["img"] == 4, "the curves, the seconds, the chart and the sheet"
+    assert page.tags["dt"] == page.tags["dd"] == 4, "a reading for each panel that is drawn"
+    assert "logits The discriminator's mean verdict" in page.text and "lag of the fake score" not in page.text
+    entropies = [f"block {block}: 1.000 on generated, 1.000 on real pictures" for block in (1, 3)]
+    assert f"Entropy of the weights: {'; '.join(entropies)}." in page.text
+    for name in ("stability-refine.png", "weights-refine.png"):
+        open_png((tmp_path / "figures" / name).read_bytes())
+    assert not (tmp_path / "figures" / "stability-sketch.png").exists()
+    before = (tmp_path / "report.html").read_bytes(), (tmp_path / "figures" / "weights-refine.png").read_bytes()
+    for picture in (tmp_path / "figures").iterdir():
+        picture.unlink()
+    rebuild(tmp_path)
+    after = (tmp_path / "report.html").read_bytes(), (tmp_path / "figures" / "weights-refine.png").read_bytes()
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"stages": ["refine"]}, {"stages": {"refine": 3}}, {"stages": {"refine": {"discriminator": {"layers": [5]}}}}],
+)
+def test_layers_are_counted_where_the_recipe_does_not_name_them(tmp_path: Path, recipe: dict[str, object]) -> None:
+    fill_stage(tmp_path, "refine")
+    (picture,), notes = report_page._weights(tmp_path, recipe)
+    assert "layer 1: 1.000 on generated" in picture.caption and "layer 2" in picture.caption and notes == []
+
+
+def test_runs_without_discriminator_and_probes_say_nothing_of_them(tmp_path: Path) -> None:
+    made = make_report(rows=make_rows()[-1:])
+    write_report(made, fill(tmp_path, made))
+    text = read_page(tmp_path).text
+    assert "Training curves" in text and "Signs of a collapse" not in text and "discriminator looks" not in text
+
+
+@pytest.mark.parametrize("damage", ["cut off", "text", "no array"])
+def test_token_weights_that_cannot_be_read_are_noted(tmp_path: Path, damage: str) -> None:
+    path = fill_stage(tmp_path, "refine")
+    if damage == "no array":
+        np.savez(path, fake_images=np.zeros((3, 8, 8, 1), np.uint8))
+    else:
+        path.write_bytes(path.read_bytes()[:300] if damage == "cut off" else b"no archive")
+    write_report(make_report(rows=[]), tmp_path)
+    text = read_page(tmp_path).text
+    assert "No token weights of refine: cannot read stages/refine/token_weights.npz (" in text
+    assert "Signs of a collapse" in text and "discriminator looks" not in text
+    assert {path.name for path in (tmp_path / "figures").glob("*refine*")} == {"stability-refine.png"}
+
+
+def test_tokens_without_a_square_grid_are_left_out(tmp_path: Path) -> None:
+    fill_stage(tmp_path, "refine", tokens=15)
+    write_report(make_report(rows=[]), tmp_path)
+    assert "oken weights of refine" not in read_page(tmp_path).text
+    assert not (tmp_path / "figures" / "weights-refine.png").exists()
+
+
+def test_a_run_that_was_stopped_has_the_pictures_of_its_stages(tmp_path: Path) -> None:
+    fill_stage(tmp_path, "sketch").unlink()
+    fill_stage(tmp_path, "refine")
+    (tmp_path / "recipe.json").write_text(json.dumps(make_report().recipe))
+    names = ["stability-sketch.png", "stability-refine.png", "weights-refine.png"]
+    with pytest.raises(ValueError, match=rf"report\.json does not exist.*{', '.join(names)} were drawn in .*figures"):
+        rebuild(tmp_path)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == set(names)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_samples_outside_the_run_directory_are_not_read(tmp_path: Path) -> None:
     rows = [dataclasses.replace(make_rows()[0], samples="../../secret.npz")]
     write_report(make_report(rows=rows), tmp_path)
@@ -400,7 +508,7 @@ def test_charts_without_data_are_refused() -> None:
 
 def test_a_resumed_curve_keeps_the_later_of_two_values() -> None:
     records = [{"step": 1, "loss/a": 5.0}, {"step": 2, "loss/a": 6.0}, {"step": 2, "loss/a": 7.0}]
-    steps, values = charts._curve([*records, {"step": 3, "loss/a": float("nan")}, {"step": 4}], "loss/a")
+    steps, values = charts.curve([*records, {"step": 3, "loss/a": float("nan")}, {"step": 4}], "loss/a")
     assert steps.tolist() == [1, 2] and values.tolist() == [5, 7]
 
 
@@ -440,6 +548,31 @@ def test_no_number_is_cut_at_any_width(tmp_path: Path, width: int) -> None:
     assert f"Report    {tmp_path / ('deep' * 20) / 'report.html'}" in lines
     assert any("Reused: precompute." in line for line in lines)
     assert sum("FID" in line for line in lines) == 1
+
+
+def test_a_second_fid_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    """In the terminal and on the page, with the net's name, its own best and the real images' value; else nowhere."""
+    made = make_second_report()
+    column = report_columns.columns(made.rows)[2]
+    assert (column.name, column.heading) == ("second_fid", "FID\n(denoise_8)")
+    assert [place for place in range(10) if column.is_best(place)] == [0, 3] and column.texts[5] == "32.787"
+    assert report_columns.columns(make_rows())[2].name == "precision"
+    for width in (200, 40):
+        output = io.StringIO()
+        print_table(made, Console(file=output, width=width))
+        assert "(denoise_8)" in output.getvalue() and "32.787" in output.getvalue()
+    write_report(made, tmp_path / "second")
+    text = read_page(tmp_path / "second").text
+    assert "FID (denoise_8)" in text and "32.787" in text and "training images have FID 0.310" in text
+    write_report(make_report(), tmp_path / "one")
+    assert "second net" not in read_page(tmp_path / "one").text
+
+
+def test_a_row_without_the_second_fid_has_a_dash() -> None:
+    rows = make_second_report().rows
+    rows[0] = dataclasses.replace(rows[0], second_fid=None, second_features="")
+    column = report_columns.columns(rows)[2]
+    assert column.texts[0] == "-" and [place for place in range(10) if column.is_best(place)] == [3]
 
 
 def test_names_as_people_write_them() -> None:

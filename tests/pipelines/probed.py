@@ -1,0 +1,78 @@
+"""A training of each kind that is looked at while it runs, and what tests on it share."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines import recipe as recipes
+from pipelines.run import Run
+from pipelines.stages import Curve, StageJob
+from pipelines.trainer import Group, StageTrainer, Watch
+from tests.pipelines import tiny
+
+RECIPE = """\
+seed: 5
+data: {held_out: 1697}
+precompute: {num_samples: 32, shard_rows: 32, intervals: 4, batch_size: 32}
+stages:
+  sketch:
+    objective: {name: mean_velocity}
+    num_steps: 6
+    batch_size: 8
+    log_every: 1
+    checkpoint_every: 3
+    probe: {every: 2, num_samples: 40}
+    optimizers: {student: {learning_rate: 1e-3}}
+  refine:
+    start: sketch
+    objective: {name: dmd, update_ratio: 2}
+    num_steps: 5
+    batch_size: 8
+    log_every: 1
+    checkpoint_every: 2
+    probe: {every: 2, num_samples: 20, fake_score_moves: 2}
+    discriminator: {layers: [1, 3], width: 16, heads: 2}
+"""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Data that every test trains from, and a folder for each result."""
+
+    run: Run
+    folder: Path
+
+    def job(self, stage: str, name: str, **probe: Any) -> StageJob:
+        """A stage with other probes, in a folder of its own."""
+        job = self.run.job(stage)
+        changed = replace(job.stage, probe=replace(job.stage.probe, **probe))
+        return replace(job, stage=changed, folder=str(self.folder / name), start_weights="")
+
+
+def make_home(folder: Path) -> Home:
+    """Trajectories and images, without Ray."""
+    (folder / "small.yaml").write_text(RECIPE)
+    recipe = recipes.load(str(folder / "small.yaml"))
+    tiny.make_trajectories(recipe, folder / "run")
+    run = tiny.open_run(recipe, folder / "run")
+    run._write_images()
+    return Home(run, folder)
+
+
+def trainer_of(job: StageJob, watch: Watch | None = None) -> StageTrainer:
+    trainer = StageTrainer(job, Group(), watch or Watch())
+    trainer.restore()
+    return trainer
+
+
+def trained(job: StageJob) -> StageJob:
+    trainer_of(job).run()
+    assert job.finished()
+    return job
+
+
+def points(job: StageJob) -> list[dict[str, float]]:
+    """The curve without its clock and its probes."""
+    kept = [{k: v for k, v in line.items() if k != "seconds" and "probe/" not in k} for line in Curve.read(job.curve)]
+    assert kept
+    return kept
