@@ -53,10 +53,14 @@ class Adversarial:
     """Weight of the approximate R1 penalty (APT): how far a little noise moves a real row's logit; 0 leaves it out."""
     r1_sigma: float = 0.1
     """Spread of that noise, which is added to the noised image."""
+    warmup_steps: int = 0
+    """Iterations in which the discriminator learns and the generator does not heed it yet."""
 
     def __post_init__(self) -> None:
         if self.weight < 0 or self.time_std < 0:
             raise ValueError(f"weight and time_std must not be negative; given {self.weight} and {self.time_std}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative; given {self.warmup_steps}")
         if self.r1_weight < 0 or self.r1_sigma <= 0:
             raise ValueError(
                 f"r1_weight must not be negative and r1_sigma positive; given {self.r1_weight} and {self.r1_sigma}"

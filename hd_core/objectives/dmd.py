@@ -135,7 +135,7 @@ class DMD:
         metrics = {"matching_gradient": flatten_mean(gradient.abs()).mean(), "non_finite_rows": zeroed}
         # `matching_loss` averages over pixels, and so does its gradient at the sample.
         square = square_norm(gradient) / gradient[0].numel() ** 2
-        if self.adversarial.weight:
+        if self.adversarial.weight and step >= self.adversarial.warmup_steps:
             losses["adversarial"], more = self._adversarial(cast, x, batch, draws, square)
         else:
             more = {"gradient/matching": cast.mean(square).sqrt()}

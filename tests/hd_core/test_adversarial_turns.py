@@ -48,12 +48,24 @@ def with_images(rows: int) -> Batch:
     return replace(batch, images=points(rows, *SHAPE, seed=3), images_condition=batch.condition)
 
 
-def turns_of(adversarial: Adversarial, samples: Samples, batch: Batch, **others: object) -> dict[str, Turn]:
+def turns_of(
+    adversarial: Adversarial, samples: Samples, batch: Batch, *, step: int = 0, **others: object
+) -> dict[str, Turn]:
     rows = len(batch.noise)
     usual = {"fake_score": GaussianFlow(mean=0.2, std=0.9), "features": pixels, "discriminator": smooth_judge}
     cast = cast_with(samples, **{**usual, **others})
     objective = DMD(update_ratio=1, adversarial=adversarial)
-    return {turn.player: turn for turn in objective.turns(cast, batch, draws_of(slice(0, rows), rows), 0)}
+    return {turn.player: turn for turn in objective.turns(cast, batch, draws_of(slice(0, rows), rows), step)}
+
+
+def test_the_generator_heeds_the_discriminator_after_its_warm_up_alone():
+    adversarial = Adversarial(weight=0.3, warmup_steps=3)
+    for step, heeded in ((0, False), (2, False), (3, True), (9, True)):
+        turns = turns_of(adversarial, Samples(points(4, *SHAPE, seed=5)), with_images(4), step=step)
+        assert set(turns) == {"fake_score", "discriminator", "student"}
+        student = turns["student"].terms()
+        assert ("adversarial" in student.losses) == ("gradient/adversarial" in student.metrics) == heeded
+        assert student.losses.keys() >= {"matching"} and "gradient/matching" in student.metrics
 
 
 class TestMatchedWeight:
