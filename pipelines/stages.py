@@ -115,6 +115,11 @@ class StageConfig:
             raise ValueError(f"ema_decay must lie in [0, 1); given {self.ema_decay}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a number of at least 0, or null; given {self.guidance_scale}")
+        if self.guidance_scale is not None and isinstance(self.objective, MeanVelocity | SFD):
+            raise ValueError(
+                f"{self.objective.name} learns from stored trajectories, which are guided by teacher.guidance_scale:"
+                " leave this stage's guidance_scale out"
+            )
 
     @property
     def needs_images(self) -> bool:

@@ -86,6 +86,8 @@ def changes_of(key: str, value: Any) -> dict[str, Any] | None:
         return None  # its sibling fields change with it
     if last == "intervals":
         return {key: 6}
+    if last == "guidance_scale" and key.startswith("stages") and "refine" not in key:
+        return None  # stored trajectories have the teacher's own
     if last == "weighting":
         return {key: "matched" if "adversarial" in key else "plain"}
     if last == "keep":
@@ -293,6 +295,7 @@ def test_a_wrong_setting_is_explained_in_one_line(setting: str, message: str):
         ("stages:", "stages: must be a mapping; given nothing"),
         ("stages: {a: }", "stages.a: must be a mapping; given nothing"),
         ("stages: {a: {start: teacher}}", "stages.a.objective: required"),
+        ("stages: {a: {guidance_scale: 2, objective: {name: sfd}}}", "sfd learns from stored trajectories"),
         (
             "stages: {a: {objective: {nam: sfd}}}",
             "a.objective.name: required: one of mean_velocity, meanflow, dmd, sfd",
