@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pipelines  # noqa: F401 (before torch: sets how its threads wait)
+from pipelines import recipe as recipes  # before torch: `pipelines` sets how its threads wait
 
 # isort: split
 from rich.console import Console
@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hd_core.random import Draws
 from hd_core.step import train_step
-from pipelines import recipe as recipes
 from pipelines.artifacts import RunDir, read_json, write_json
 from pipelines.feed import Feed
 from pipelines.process import prepare_process, process_started

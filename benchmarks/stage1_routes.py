@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pipelines  # noqa: F401 (before torch: sets how its threads wait)
+from pipelines import recipe as recipes  # before torch: `pipelines` sets how its threads wait
 
 # isort: split
 import torch
@@ -24,7 +24,6 @@ from rich.console import Console
 
 from hd_core.random import Draws, sample_labels
 from hd_core.step import train_step
-from pipelines import recipe as recipes
 from pipelines.artifacts import RunDir
 from pipelines.feed import Feed
 from pipelines.precompute import noise_seed, solve

@@ -28,7 +28,7 @@ from hd_core.solvers import SOLVERS, last
 from hd_core.times import GridConfig, custom
 from hd_core.types import Condition, Images
 from hd_core.walk import walk
-from pipelines.artifacts import atomic_path, ensure_same, read_json, write_json
+from pipelines.artifacts import ensure_same, read_json, write_arrays, write_json
 from pipelines.checkpoints import load_weights
 from pipelines.data import DataSplits, to_uint8
 from pipelines.features import Extractor
@@ -266,8 +266,7 @@ class Evaluator:
 
     def _keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
         labels = self._labels(range(len(pictures))).numpy()
-        with atomic_path(self.folder / row.samples) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, images=pictures, labels=labels)
+        write_arrays(self.folder / row.samples, images=pictures, labels=labels)
         stored = {"inputs": self.inputs(generator), "row": asdict(row)}
         write_json(self.folder / f"{generator.key}.json", stored)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +15,12 @@ from hd_core.metrics.diversity import within_class_spread
 from hd_core.metrics.frechet import frechet_distance
 from hd_core.metrics.statistics import Moments
 from hd_core.objectives.dmd import DMD
-from hd_core.objectives.turns import Batch, Cast, Turn, first_step_is_analytical
+from hd_core.objectives.turns import Batch, Cast, Objective, Turn, first_step_is_analytical
 from hd_core.random import Draws, fold_in, sample_labels, sample_noise
 from hd_core.step import TrainState, only
 from hd_core.types import Condition, FlowMap
 from hd_core.walk import walk
-from pipelines.artifacts import atomic_path, file_hash, read_json, write_json
+from pipelines.artifacts import file_hash, read_json, write_arrays, write_json
 from pipelines.cast import in_precision
 from pipelines.checkpoints import save_weights
 from pipelines.data import to_model, to_uint8
@@ -60,12 +59,10 @@ class Probe:
     @torch.no_grad()
     def sample(self, student: FlowMap, size: int = 500) -> Tensor:
         """The fixed noises' samples, on the CPU."""
-        objective, device, parts = self.job.stage.objective, self.teacher.device, []
-        grid = objective.sampling_grid()
+        device, parts = self.teacher.device, []
         for noise, labels in zip(self.noise.split(size), self.labels.split(size), strict=True):
             condition = Condition(labels=labels.to(device))
-            x = (grid[0] * noise).to(self.noise).to(device)
-            parts.append(walk(student, grid, x, condition, afs=first_step_is_analytical(objective)).cpu())
+            parts.append(_samples(self.job.stage.objective, student, noise.to(device), condition).cpu())
         return torch.cat(parts)
 
     def fake_score_lag(self, state: TrainState, objective: DMD) -> float:
@@ -97,6 +94,13 @@ class Probe:
         noise = objective.sampling_grid()[0].item() * draws.normal("noise", self.teacher.shape)
         batch = Batch(noise=noise, condition=condition)
         return next(turn for turn in resting.turns(cast, batch, draws, step=1) if turn.player == "fake_score")
+
+
+def _samples(objective: Objective, student: FlowMap, noise: Tensor, condition: Condition) -> Tensor:
+    """What a student makes of noises, on the times of its objective."""
+    grid = objective.sampling_grid()
+    first = (grid[0] * noise).to(noise)
+    return walk(student, grid, first, condition, afs=first_step_is_analytical(objective))
 
 
 class BestWeights:
@@ -135,10 +139,8 @@ def save_looks(job: StageJob, teacher: Teacher, state: TrainState, cast: Cast, r
     noise = sample_noise(seed, range(rows), teacher.shape)
     labels = sample_labels(seed, range(rows), max(1, teacher.num_classes))
     state.players["discriminator"].network.eval()  # a look must not move spectral norm's estimates
-    grid, first = objective.sampling_grid(), job.images.read([0])
-    condition = Condition(labels=labels.to(teacher.device))
-    x = (grid[0] * noise).to(noise).to(teacher.device)
-    fake = walk(state.average, grid, x, condition, afs=objective.afs)  # pyright: ignore[reportArgumentType]
+    first, condition = job.images.read([0]), Condition(labels=labels.to(teacher.device))
+    fake = _samples(objective, state.average, noise.to(teacher.device), condition)  # pyright: ignore[reportArgumentType]
     real = to_model(first.values[:rows]).to(teacher.device)
     real_condition = Condition(labels=torch.from_numpy(first.labels[:rows].copy()).to(teacher.device))
     arrays: dict[str, Any] = {}
@@ -147,5 +149,4 @@ def save_looks(job: StageJob, teacher: Teacher, state: TrainState, cast: Cast, r
         judged = objective.adversarial.judge(cast, images, asked, draws, "look")
         arrays[f"{kind}_images"] = to_uint8(images)
         arrays[f"{kind}_logits"], arrays[f"{kind}_weights"] = judged.logits.cpu().numpy(), judged.weights.cpu().numpy()
-    with atomic_path(job.looks) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_arrays(job.looks, **arrays)

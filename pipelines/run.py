@@ -117,8 +117,7 @@ class Run:
             upstream["images"] = self.images.spec.fingerprint
         if stage.probe.every:
             upstream["probe_features"] = self.extractor.fingerprint
-        guidance = recipe.teacher.guidance_scale if stage.guidance_scale is None else stage.guidance_scale
-        upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{guidance:g}"}
+        upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{stage.guided(recipe.teacher):g}"}
         return StageJob(
             name=name,
             stage=stage,

@@ -121,6 +121,10 @@ class StageConfig:
                 " leave this stage's guidance_scale out"
             )
 
+    def guided(self, teacher: TeacherConfig) -> float:
+        """Guidance of the teacher in this stage: its own, or the teacher's."""
+        return teacher.guidance_scale if self.guidance_scale is None else self.guidance_scale
+
     @property
     def needs_images(self) -> bool:
         """Whether its objective or its probes read real images."""
@@ -183,8 +187,7 @@ class StageJob:
     @property
     def guidance_scale(self) -> float:
         """Guidance of the teacher in this stage."""
-        own = self.stage.guidance_scale
-        return self.teacher.guidance_scale if own is None else own
+        return self.stage.guided(self.teacher)
 
     @property
     def checkpoints(self) -> Path:

@@ -21,7 +21,7 @@ from pipelines.checkpoints import load_latest, remove_checkpoints, save_checkpoi
 from pipelines.data import DataConfig, DataSplits, ImageSet, load_images, to_model
 from pipelines.process import default_device
 from pipelines.progress import bar
-from pipelines.teachers import EMBEDDED, save_native
+from pipelines.teachers import embedded, save_native
 
 Progress = Callable[[int], None]
 
@@ -101,7 +101,7 @@ def own_folder(path: str) -> Path:
     Raises:
         ValueError: it names a teacher that comes with the package, which would be loaded instead.
     """
-    if Path(path).name == path and (EMBEDDED / path).is_dir():
+    if path in embedded():
         raise ValueError(f"teacher.path {path!r} is the name of an embedded teacher: name a folder, such as ./{path}")
     return Path(path).expanduser()
 

@@ -124,22 +124,23 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _embedded_names() -> str:
-    return ", ".join(_embedded()) or "none is installed"
+    return ", ".join(embedded()) or "none is installed"
 
 
-def _embedded() -> list[str]:
+def embedded() -> list[str]:
+    """Names of the teachers that come with the package."""
     entries = EMBEDDED.iterdir() if EMBEDDED.is_dir() else []
     return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _teacher_folder(path: str) -> Path:
     """An embedded name comes first: a folder of the same name is reached as ./NAME."""
-    if path in _embedded():
+    if path in embedded():
         return EMBEDDED / path
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    nearest = difflib.get_close_matches(path, _embedded(), n=1)
+    nearest = difflib.get_close_matches(path, embedded(), n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise ValueError(
         f"no teacher {path!r}: neither embedded ({_embedded_names()}) nor a local folder{hint}\n"

@@ -16,7 +16,7 @@ from hd_core.paths import interpolate
 from hd_core.random import Draws
 from hd_core.types import Condition, Images, Judgement, PerSample, Times
 
-Logits = Float[Tensor, "b layers"]
+Logits = Float[Tensor, "b outputs"]
 
 
 class Pull(NamedTuple):

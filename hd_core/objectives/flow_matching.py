@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 
-from hd_core.objectives.turns import Batch, Cast, Need, PlayerName, Terms, Turn, Turns
+from hd_core.objectives.turns import Batch, Cast, Need, PlayerName, Terms, Turn, Turns, without_classes
 from hd_core.paths import flatten_mean, interpolate, velocity
 from hd_core.random import Draws
 from hd_core.times import custom
-from hd_core.types import Condition, Grid
+from hd_core.types import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,10 @@ class FlowMatching:
         yield Turn(player="student", terms=partial(self._terms, cast, batch, draws))
 
     def _terms(self, cast: Cast, batch: Batch, draws: Draws) -> Terms:
-        assert batch.images is not None
+        assert batch.images is not None and batch.images_condition is not None
         logit_normal = torch.sigmoid(draws.normal("logit", ()))
         t = torch.where(draws.uniform("kind") < self.uniform_share, draws.uniform("time"), logit_normal)
-        v = cast.student(interpolate(batch.images, batch.noise, t), t, t, self._condition(cast, batch, draws))
+        dropped = self.label_dropout if cast.null_condition else 0.0  # images without classes have none to lose
+        condition = without_classes(cast, batch.images_condition, draws, dropped)
+        v = cast.student(interpolate(batch.images, batch.noise, t), t, t, condition)
         return Terms(losses={"flow_matching": flatten_mean((v - velocity(batch.images, batch.noise)).square())})
-
-    def _condition(self, cast: Cast, batch: Batch, draws: Draws) -> Condition:
-        assert batch.images_condition is not None
-        if not self.label_dropout or cast.null_condition is None:
-            return batch.images_condition
-        return batch.images_condition.replaced(draws.uniform("dropout") < self.label_dropout, cast.null_condition)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from hd_core.jvp import derivative, difference
-from hd_core.objectives.turns import Batch, Cast, Need, PlayerName, Terms, Turn, Turns
+from hd_core.objectives.turns import Batch, Cast, Need, PlayerName, Terms, Turn, Turns, without_classes
 from hd_core.paths import expand, flatten_mean, interpolate
 from hd_core.random import Draws
 from hd_core.times import TimePairs, custom
@@ -75,9 +75,10 @@ class MeanFlow:
         yield Turn(player="student", terms=partial(self._terms, cast, batch, draws, step))
 
     def _terms(self, cast: Cast, batch: Batch, draws: Draws, step: int) -> Terms:
-        assert batch.images is not None
+        assert batch.images is not None and batch.images_condition is not None
         t, r = (time.to(batch.images.dtype) for time in self.pairs(draws))
-        x_t, condition = interpolate(batch.images, batch.noise, t), self._condition(cast, batch, draws)
+        x_t = interpolate(batch.images, batch.noise, t)
+        condition = without_classes(cast, batch.images_condition, draws, self.label_dropout)
         with torch.no_grad():
             v = cast.teacher(x_t, t, condition)
         u = cast.student(x_t, t, r, condition)
@@ -115,11 +116,3 @@ class MeanFlow:
     def tangent_weight(self, step: int) -> float:
         """Weight of the derivative at a step."""
         return min(1.0, step / self.tangent_warmup_steps) if self.tangent_warmup_steps else 1.0
-
-    def _condition(self, cast: Cast, batch: Batch, draws: Draws) -> Condition:
-        assert batch.images_condition is not None
-        if not self.label_dropout:
-            return batch.images_condition
-        if cast.null_condition is None:
-            raise ValueError(f'label_dropout needs a teacher that knows "no class"; given {self.label_dropout}, use 0')
-        return batch.images_condition.replaced(draws.uniform("dropout") < self.label_dropout, cast.null_condition)

@@ -124,6 +124,19 @@ class Objective(Protocol):
         ...
 
 
+def without_classes(cast: Cast, condition: Condition, draws: Draws, share: float) -> Condition:
+    """The condition, with a share of its rows replaced by "no class".
+
+    Raises:
+        ValueError: the teacher knows no such condition.
+    """
+    if not share:
+        return condition
+    if cast.null_condition is None:
+        raise ValueError(f'label_dropout needs a teacher that knows "no class"; given {share}, use 0')
+    return condition.replaced(draws.uniform("dropout") < share, cast.null_condition)
+
+
 def first_step_is_analytical(objective: Objective) -> bool:
     """Whether its student's first step is computed without the network: its field ``afs``, where it has one."""
     return bool(getattr(objective, "afs", False))

@@ -100,7 +100,7 @@ class Cubed(torch.autograd.Function):
 
 
 def test_an_operation_without_a_rule_is_not_passed_over():
-    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+    with pytest.raises(NotImplementedError, match="jvp"):
         derivative(lambda x, t, r, c: Cubed.apply(x), points(5, 1, 2, 2), points(5, 1, 2, 2), T, R, CONDITION)
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import recipe as recipes
 from pipelines.run import Run
 from pipelines.stages import Curve, StageJob
 from pipelines.trainer import Group, StageTrainer, Watch
@@ -51,12 +50,7 @@ class Home:
 
 def make_home(folder: Path) -> Home:
     """Trajectories and images, without Ray."""
-    (folder / "small.yaml").write_text(RECIPE)
-    recipe = recipes.load(str(folder / "small.yaml"))
-    tiny.make_trajectories(recipe, folder / "run")
-    run = tiny.open_run(recipe, folder / "run")
-    run._write_images()
-    return Home(run, folder)
+    return Home(tiny.prepared_run(folder, RECIPE), folder)
 
 
 def trainer_of(job: StageJob, watch: Watch | None = None) -> StageTrainer:

@@ -66,11 +66,12 @@ class Mirror(torch.nn.Module):
 def test_the_denoising_loss_is_the_distance_to_the_clean_picture():
     """Of a net that returns its input: the mean square of the noise, whose level is drawn for each row."""
     images = torch.randint(256, (5, 1, 8, 8)).float()
+    mirror: Any = Mirror()
     for seed in range(3):
         draws = draws_of(seed)
         level = draws.uniform("level", 0.0, 255 / 4)
         noise = draws.normal("noise", (1, 8, 8)) * level[:, None, None, None] / 127.5
-        found = denoise_loss(Mirror(), images, torch.zeros(5), draws)  # type: ignore[arg-type]
+        found = denoise_loss(mirror, images, torch.zeros(5, dtype=torch.int64), draws)
         assert found.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
         assert level.unique().numel() == 5
 

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,9 +152,9 @@ class Toy:
         stage = SimpleNamespace(batch_size=512, objective=self.objective)
         self.follower = Follower(*fake)
         self.cast = cast_with(Generator(mean, std), fake_score=self.follower)
-        self.probe = Probe.__new__(Probe)
-        self.probe.job = SimpleNamespace(stage=stage, train=SimpleNamespace(autocast="none"))  # type: ignore[assignment]
-        self.probe.teacher = SimpleNamespace(shape=(1, 4, 4), num_classes=3, device="cpu")  # type: ignore[assignment]
+        self.probe: Any = Probe.__new__(Probe)
+        self.probe.job = SimpleNamespace(stage=stage, train=SimpleNamespace(autocast="none"))
+        self.probe.teacher = SimpleNamespace(shape=(1, 4, 4), num_classes=3, device="cpu")
         self.probe.cast, self.probe.seed = self.cast, 7
         self.probe.config = ProbeConfig(every=1, fake_score_moves=moves)
         player = Player(network=self.follower, config=OptimizerConfig(learning_rate=rate))

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import recipe as recipes
 from pipelines.artifacts import file_hash
 from pipelines.batches import BatchPlan, resident, streamed
 from pipelines.cast import build
-from pipelines.recipe import Recipe
 from pipelines.run import Run
 from pipelines.shards import Rows
 from pipelines.stages import Curve, StageJob, TrainConfig
@@ -63,12 +61,7 @@ class Home:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     folder = tmp_path_factory.mktemp("train")
-    (folder / "small.yaml").write_text(SMALL)
-    recipe: Recipe = recipes.load(str(folder / "small.yaml"))
-    tiny.make_trajectories(recipe, folder / "run")
-    run = tiny.open_run(recipe, folder / "run")
-    run._write_images()
-    return Home(run, folder)
+    return Home(tiny.prepared_run(folder, SMALL), folder)
 
 
 def curve(job: StageJob) -> list[dict[str, float]]:

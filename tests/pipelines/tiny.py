@@ -78,6 +78,16 @@ def make_trajectories(recipe: Recipe, run_dir: Path, shards: ShardSet | None = N
     return shards
 
 
+def prepared_run(folder: Path, text: str) -> Run:
+    """A run of a recipe's text with its trajectories and images, made without Ray."""
+    (folder / "small.yaml").write_text(text)
+    recipe = recipes.load(str(folder / "small.yaml"))
+    make_trajectories(recipe, folder / "run")
+    run = open_run(recipe, folder / "run")
+    run._write_images()
+    return run
+
+
 def hdistill(*arguments: object) -> Result:
     """The command line, in this process; a traceback that a person would see is raised."""
     threads = torch.get_num_threads()
