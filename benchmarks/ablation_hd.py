@@ -11,7 +11,6 @@ where that folder is missing.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -39,18 +38,22 @@ from pipelines.trainer import Group, StageTrainer, Watch
 Recipe = dict[str, Any]
 ASSETS = Path(__file__).parent / "assets"
 """Teacher and feature nets as `prepare` made them, kept so that everyone starts from the same."""
-TUNING_SEED = 100
-TRIALS = ({"weight": 0.3, "time_mean": -2.2}, {"weight": 1.0, "time_mean": -2.2})
-"""Weight of the adversarial gradient against the matching one, and the logit of the time at which D looks."""
+TUNING_SEEDS = {"digits": (100, 101, 102), "fashion": (100,)}
+TRIALS: tuple[Recipe, ...] = (
+    {"weight": 0.3, "time_mean": -2.2},
+    {"weight": 0.3, "time_mean": -2.2, "warmup_steps": 50},
+    {"weight": 1.0, "time_mean": -2.2, "warmup_steps": 50},
+)
+"""Weight of the adversarial gradient against the matching one, logit of the time at which D looks, its head start."""
 ARMS = {
     "digits": ("pooled", "token_logits", "convolution", "uniform", "random", "adaptive"),
     "fashion": ("pooled", "adaptive"),
 }
-BUDGET_ITERATIONS = {"digits": 150, "fashion": 120}
+BUDGET_ITERATIONS = {"digits": 150, "fashion": 160}
 """Iterations of a refinement with the adaptive arm, which set the budget of all."""
-SKETCH_STEPS = {"digits": 500, "fashion": 500}
+SKETCH_STEPS = {"digits": 500, "fashion": 700}
 REMEDIES: dict[str, Recipe] = {
-    "as tuned": {},
+    "as first tried": {},
     "noise level 0.02": {"objective": {"adversarial": {"time_mean": -4.0}}},
     "noise level 0.35": {"objective": {"adversarial": {"time_mean": -0.6}}},
     "last layer only": {"discriminator": {"layers": [3]}},
@@ -151,16 +154,17 @@ def tuning_stages(data: str) -> dict[str, Recipe]:
     """Every arm at every trial."""
     trials = {
         f"{arm}_{number}": refine(data, "sketch", arm, trial)
-        for arm, (number, trial) in itertools.product(ARMS[data], enumerate(TRIALS))
+        for arm in ARMS[data]
+        for number, trial in enumerate(TRIALS)
     }
     return {"sketch": sketch(data), **_probed(trials)}
 
 
-def remedy_stages(data: str, chosen: dict[str, Recipe]) -> dict[str, Recipe]:
-    """Matching alone, and each remedy of the adaptive and of the pooled arm."""
+def remedy_stages(data: str) -> dict[str, Recipe]:
+    """Matching alone, and each remedy of the adaptive and of the pooled arm, from the first trial's settings."""
     stages = {"none": refine(data, "sketch")}
     for arm in ("adaptive", "pooled"):
-        plain = refine(data, "sketch", arm, chosen[arm])
+        plain = refine(data, "sketch", arm, TRIALS[0])
         stages |= {f"{arm}_{number}": merged(plain, change) for number, change in enumerate(REMEDIES.values())}
     return {"sketch": sketch(data), **_probed(stages)}
 
@@ -196,11 +200,7 @@ def costs(data: str, out: Path, npz: str, console: Console) -> dict[str, float]:
     """Operations of one iteration of every kind of stage, kept in a file."""
     path = out / f"costs-{data}.json"
     known: dict[str, float] = read_json(path) or {}
-    first = TRIALS[0]
-    stages = {
-        **ablation_stages(data, dict.fromkeys(ARMS[data], first)),
-        **remedy_stages(data, dict.fromkeys(ARMS[data], first)),
-    }
+    stages = {**ablation_stages(data, dict.fromkeys(ARMS[data], TRIALS[0])), **remedy_stages(data)}
     if known.keys() >= {cost_key(stage) for stage in stages.values()}:
         return known
     small = base(data, npz)
@@ -257,39 +257,47 @@ def probe_fid(folder: Path, stage: str) -> float:
 
 def tune(data: str, out: Path, npz: str, known: dict[str, float], console: Console) -> dict[str, Recipe]:
     """The best trial of each arm."""
-    folder = out / f"{data}-tuning"
-    stages = budgeted(data, tuning_stages(data), known)
-    recipe = {**base(data, npz), "seed": TUNING_SEED, "stages": stages}
-    run = open_run(recipe, folder, console)
-    run.partial(lambda job: job.train_stages(()))
-    found = {arm: [probe_fid(folder, f"{arm}_{number}") for number in range(len(TRIALS))] for arm in ARMS[data]}
+    folders = train_only(data, out, "tuning", npz, budgeted(data, tuning_stages(data), known), console)
+    found = {arm: [probe_fids(folders, f"{arm}_{number}") for number in range(len(TRIALS))] for arm in ARMS[data]}
     print_trials(found)
-    return {arm: TRIALS[fids.index(min(fids))] for arm, fids in found.items()}
+    means = {arm: [statistics.mean(trial) for trial in trials] for arm, trials in found.items()}
+    return {arm: TRIALS[fids.index(min(fids))] for arm, fids in means.items()}
 
 
-def print_trials(found: dict[str, list[float]]) -> None:
+def train_only(data: str, out: Path, kind: str, npz: str, stages: dict[str, Recipe], console: Console) -> list[Path]:
+    """Train the stages on every tuning seed, without a report; the run directories."""
+    folders = []
+    for seed in TUNING_SEEDS[data]:
+        folders.append(out / f"{data}-{kind}-{seed}")
+        run = open_run({**base(data, npz), "seed": seed, "stages": stages}, folders[-1], console)
+        run.partial(lambda job: job.train_stages(()))
+    return folders
+
+
+def probe_fids(folders: list[Path], stage: str) -> list[float]:
+    """The FID against training images at a stage's end, of every seed."""
+    return [read_json(folder / "stages" / stage / "stage.json")["best_probe_fid"] for folder in folders]
+
+
+def print_trials(found: dict[str, list[list[float]]]) -> None:
     """FID against training images of every trial."""
     print("| arm | " + " | ".join(json.dumps(trial) for trial in TRIALS) + " |")
     print("|---" * (1 + len(TRIALS)) + "|")
-    for arm, fids in found.items():
-        print(f"| {arm} | " + " | ".join(f"{fid:.2f}" for fid in fids) + " |")
+    for arm, trials in found.items():
+        print(f"| {arm} | " + " | ".join(mean_and_error(fids) for fids in trials) + " |")
 
 
-def remedies(
-    data: str, out: Path, npz: str, known: dict[str, float], chosen: dict[str, Recipe], console: Console
-) -> None:
-    """Print what each remedy does to two arms, on the tuning seed, against training images."""
-    folder = out / f"{data}-remedies"
-    stages = budgeted(data, remedy_stages(data, chosen), known)
-    run = open_run({**base(data, npz), "seed": TUNING_SEED, "stages": stages}, folder, console)
-    run.partial(lambda job: job.train_stages(()))
-    print(f"\nmatching alone: FID to training images {probe_fid(folder, 'none'):.2f}\n")
+def remedies(data: str, out: Path, npz: str, known: dict[str, float], console: Console) -> None:
+    """Print what each remedy does to two arms, on the tuning seeds, against training images."""
+    folders = train_only(data, out, "remedies", npz, budgeted(data, remedy_stages(data), known), console)
+    print(f"\nmatching alone: FID to training images {mean_and_error(probe_fids(folders, 'none'))}\n")
     print("| change | adaptive: FID | real - fake logit | accuracy | entropy | pooled: FID |")
     print("|---" * 6 + "|")
     for number, name in enumerate(REMEDIES):
-        adaptive, pooled = (probe_fid(folder, f"{arm}_{number}") for arm in ("adaptive", "pooled"))
-        signs = " | ".join(f"{value:.3f}" for value in last_signs(folder / "stages" / f"adaptive_{number}"))
-        print(f"| {name} | {adaptive:.2f} | {signs} | {pooled:.2f} |")
+        adaptive, pooled = (mean_and_error(probe_fids(folders, f"{arm}_{number}")) for arm in ("adaptive", "pooled"))
+        signs = zip(*(last_signs(folder / "stages" / f"adaptive_{number}") for folder in folders), strict=True)
+        cells = " | ".join(f"{statistics.mean(values):.3f}" for values in signs)
+        print(f"| {name} | {adaptive} | {cells} | {pooled} |")
 
 
 def last_signs(stage: Path, points: int = 5) -> list[float]:
@@ -345,15 +353,8 @@ def answers(reports: list[dict[str, Any]]) -> Iterator[str]:
     yield f"sketch, then matching - matching alone: FID {paired(reports, 'sketch_dmd', 'dmd_only')}"
 
 
-def main() -> None:
-    """Tune, run the seeds one after another, print."""
-    options = parse()
-    prepare_process()
-    console, out = Console(), options.out.resolve()
-    if options.quick:
-        shorten()
-    prepare(options.data, options.npz)
-    known = costs(options.data, out, options.npz, console)
+def ablation(options: argparse.Namespace, out: Path, known: dict[str, float], console: Console) -> None:
+    """Tune, run the seeds one after another, print the table."""
     chosen = tune(options.data, out, options.npz, known, console)
     reports = []
     for seed in options.seeds:
@@ -363,9 +364,22 @@ def main() -> None:
     figures = print_table(reports)
     for answer in answers(reports):
         print(answer)
-    if options.remedies:
-        remedies(options.data, out, options.npz, known, chosen, console)
     print(json.dumps({"data": options.data, "seeds": options.seeds, "chosen": chosen, "rows": figures}))
+
+
+def main() -> None:
+    """The ablation, or the remedies."""
+    options = parse()
+    prepare_process()
+    console, out = Console(), options.out.resolve()
+    if options.quick:
+        shorten()
+    prepare(options.data, options.npz)
+    known = costs(options.data, out, options.npz, console)
+    if options.remedies:
+        remedies(options.data, out, options.npz, known, console)
+    else:
+        ablation(options, out, known, console)
 
 
 def parse() -> argparse.Namespace:
@@ -375,7 +389,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--npz", default="fashion_mnist.npz", help="Fashion-MNIST's archive")
-    parser.add_argument("--remedies", action="store_true", help="also try changes of the discriminator")
+    parser.add_argument("--remedies", action="store_true", help="try changes of the discriminator instead")
     parser.add_argument("--quick", action="store_true", help="a few iterations of everything, which mean nothing")
     options = parser.parse_args()
     if options.quick:
@@ -389,7 +403,7 @@ def shorten() -> None:
     TRIALS = TRIALS[:1]
     for data in ARMS:
         ARMS[data] = ("pooled", "adaptive")
-        BUDGET_ITERATIONS[data], SKETCH_STEPS[data] = 4, 10
+        BUDGET_ITERATIONS[data], SKETCH_STEPS[data], TUNING_SEEDS[data] = 4, 10, TUNING_SEEDS[data][:1]
 
 
 if __name__ == "__main__":
