@@ -22,11 +22,11 @@ from pipelines import recipe as recipes  # before torch: `pipelines` sets how it
 import torch
 from rich.console import Console
 
-from hd_core.random import Draws, sample_labels
+from hd_core.random import Draws
 from hd_core.step import train_step
 from pipelines.artifacts import RunDir
 from pipelines.feed import Feed
-from pipelines.precompute import noise_seed, solve
+from pipelines.precompute import solve, trajectory_labels
 from pipelines.probing import Probe
 from pipelines.run import Run
 from pipelines.shards import write_shard
@@ -58,7 +58,7 @@ def make_trajectories(run: Run) -> float:
     started = time.process_time()
     for index in shards.missing:
         ids = shards.spec.ids(index)
-        labels = sample_labels(noise_seed(run.recipe.seed), ids, run.teacher.num_classes)
+        labels = trajectory_labels(shards.spec, run.recipe.seed, ids)
         states = solve(run.teacher, config, 1.0, run.recipe.seed, ids, labels)
         shards.commit(write_shard(shards.folder, shards.spec, index, labels.numpy(), states))
     return time.process_time() - started

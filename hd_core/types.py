@@ -4,7 +4,7 @@ Letters in shapes: ``b`` batch rows, ``c h w`` channels, height and width, ``n``
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,6 +27,8 @@ class Condition:
     """Text embeddings of each row, padded to one length."""
     mask: Bool[Tensor, "b n"] | None = None
     """True where an embedding is text and not padding."""
+    steps: Int[Tensor, " b"] | None = None
+    """Steps of the walk that a row is on, for a student that is told them; a teacher does not look."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         """Apply ``function`` to every tensor that is present."""
@@ -44,8 +46,12 @@ class Condition:
     def replaced(self, rows: Bool[Tensor, " b"], other: "Condition") -> "Condition":
         """The condition with some rows replaced by the single row of another, such as "no class"."""
         pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        chosen = {k: None if a is None else a.where(~_wide(rows, a), b) for k, (a, b) in pairs.items()}
+        chosen = {k: a if a is None or b is None else a.where(~_wide(rows, a), b) for k, (a, b) in pairs.items()}
         return Condition(**chosen)
+
+    def on_walk(self, x: Images, steps: int) -> "Condition":
+        """The condition of rows ``x`` that are on a walk of so many steps."""
+        return replace(self, steps=torch.full((len(x),), steps, device=x.device))
 
     def joined(self, other: "Condition") -> "Condition":
         """Rows of this condition followed by the rows of another."""

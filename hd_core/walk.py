@@ -1,5 +1,7 @@
 """Sampling with a flow map: one jump for each interval of a grid, the first of them analytical where that is asked."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,24 @@ def walk(
         afs: take the first step analytically, without the network.
         gradient_steps: how many of the last network calls a gradient goes through; 0: all.
     """
+    *_, final = walk_states(student, grid, x, condition, afs=afs, gradient_steps=gradient_steps)
+    return final
+
+
+def walk_states(
+    student: FlowMap, grid: Grid, x: Images, condition: Condition, *, afs: bool = False, gradient_steps: int = 0
+) -> Iterator[Images]:
+    """The states of `walk` at every time of the grid, the first included. The student is told how many steps it is."""
     steps = list(zip(grid, grid[1:], strict=False))
     constant = len(steps) - gradient_steps if gradient_steps else 0
+    told = condition.on_walk(x, len(steps))
+    yield x
     for n, (t, r) in enumerate(steps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and n >= constant):
             t_, r_ = t.expand(len(x)), r.expand(len(x))
-            u = afs_velocity(x, t_) if afs and n == 0 else student(x, t_.to(x), r_.to(x), condition)
+            u = afs_velocity(x, t_) if afs and n == 0 else student(x, t_.to(x), r_.to(x), told)
             x = jump(x, u, t_, r_)
-    return x
+        yield x
 
 
 def afs_velocity(x_t: Images, t: Times) -> Images:

@@ -16,6 +16,7 @@ from hd_core.objectives.turns import Cast, PlayerName
 from hd_core.random import fold_in
 from hd_core.step import Player, TrainState
 from pipelines.checkpoints import load_weights
+from pipelines.perceptual import load_perceptual
 from pipelines.stages import StageJob
 from pipelines.teachers import Teacher
 from pipelines.torchvision_ops import declare_missing_operators
@@ -34,10 +35,8 @@ def build(
     stage, dtype = job.stage, job.train.autocast
     if getattr(stage.objective, "label_dropout", 0) and teacher.null_condition is None:
         raise ValueError(f'stage {job.name}: label_dropout needs a teacher that knows "no class"; set it to 0')
-    with _seeded(job, "student"):  # its interval embedding is new
-        networks: dict[PlayerName, nn.Module] = {"student": FlowMapStudent(_unfrozen(teacher.backbone))}
-    if job.start_weights:
-        load_weights(Path(job.start_weights), networks["student"])
+    student = _student(job, teacher)
+    networks: dict[PlayerName, nn.Module] = {"student": student}
     if "fake_score" in stage.objective.players:
         networks["fake_score"] = _fake_score(job, teacher)
     features = None
@@ -46,7 +45,7 @@ def build(
     for network in networks.values():
         network.to(teacher.device)
     optimizers = {name: getattr(stage.optimizers, name) for name in networks}
-    average = copy.deepcopy(networks["student"]).eval().requires_grad_(False)
+    average = frozen_copy(student)
     state = TrainState(
         players={name: Player(network=network, config=optimizers[name]) for name, network in networks.items()},
         average=average,
@@ -58,10 +57,35 @@ def build(
         fake_score=in_precision(networks["fake_score"], dtype) if "fake_score" in networks else None,
         discriminator=networks.get("discriminator"),
         features=features,
+        start=in_precision(frozen_copy(student), dtype) if "start" in stage.objective.needs else None,
+        perceptual=load_perceptual(job.perceptual, teacher.device).distance if job.perceptual else None,
         null_condition=None if teacher.null_condition is None else teacher.null_condition.to(teacher.device),
         mean=mean,
     )
     return state, cast
+
+
+def _student(job: StageJob, teacher: Teacher) -> FlowMapStudent:
+    with _seeded(job, "student"):  # its embeddings are new
+        student = new_student(teacher, knows_steps=job.start_knows_steps)
+        if job.start_weights:
+            load_weights(Path(job.start_weights), student)
+        if job.stage.step_counts and not job.start_knows_steps:
+            student.learn_steps(job.stage.step_embedding)
+    return student
+
+
+def new_student(teacher: Teacher, *, knows_steps: bool = False) -> FlowMapStudent:
+    """A student that is its teacher, with the embeddings that weights to be loaded have."""
+    student = FlowMapStudent(_unfrozen(teacher.backbone))
+    if knows_steps:
+        student.learn_steps("zero")
+    return student
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy that never moves."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 def _unfrozen(backbone: nn.Module) -> nn.Module:

@@ -185,9 +185,11 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 @click.option("--stage", required=True, help="The trained stage to sample.")
 @click.option("--num", default=64, show_default=True, help="How many pictures.")
 @click.option("--label", type=int, help="Class of all of them. [default: drawn for each]")
+@click.option("--steps", type=int, help="Steps, of a student that is told of them (SFD-v). [default: the stage's own]")
+@click.option("--guidance", "guidance_scale", default=1.0, show_default=True, help="Any but 1 costs double.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noises and labels.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("samples"), show_default=True, help="Where to.")
-def sample(recipe: "Recipe", run_dir: Path, stage: str, num: int, label: int | None, seed: int, out: Path) -> None:
+def sample(recipe: "Recipe", run_dir: Path, stage: str, **options: Any) -> None:
     """Draw pictures from a trained stage: one PNG each, and a sheet of all."""
     from pipelines.artifacts import RunDir
     from pipelines.process import prepare_process
@@ -195,7 +197,7 @@ def sample(recipe: "Recipe", run_dir: Path, stage: str, num: int, label: int | N
     from pipelines.sample import draw
 
     prepare_process()
-    draw(Run(recipe, RunDir(run_dir), _console()), stage, num=num, label=label, seed=seed, out=out)
+    draw(Run(recipe, RunDir(run_dir), _console()), stage, **options)
 
 
 @main.command()

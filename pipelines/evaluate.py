@@ -4,7 +4,6 @@ Samples stream block by block; a sample's noise and label come from its id alone
 same noises, and the result is the same however the blocks are spread.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,17 +17,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hd_core.guidance import branches
+from hd_core.guidance import branches, guided_map
 from hd_core.metrics.frechet import frechet_distance
 from hd_core.metrics.prdc import precision_recall
 from hd_core.metrics.statistics import Moments, merge_in_order
-from hd_core.networks.student import FlowMapStudent
 from hd_core.random import fold_in, sample_labels, sample_noise
 from hd_core.solvers import SOLVERS, last
 from hd_core.times import GridConfig, custom
-from hd_core.types import Condition, Images
+from hd_core.types import Condition, FlowMap, Images
 from hd_core.walk import walk
 from pipelines.artifacts import ensure_same, read_json, write_arrays, write_json
+from pipelines.cast import new_student
 from pipelines.checkpoints import load_weights
 from pipelines.data import DataSplits, to_uint8
 from pipelines.features import Extractor
@@ -59,6 +58,10 @@ class EvaluateConfig:
     """Solver steps at which the teacher is measured."""
     grid: GridConfig = field(default_factory=GridConfig)
     """How the teacher's times are spread."""
+    step_counts: tuple[int, ...] = ()
+    """Numbers of steps at which students are measured that are told of them, besides those of their training."""
+    guidance_scales: tuple[float, ...] = (1.0,)
+    """Guidance with which students are sampled; any but 1 calls the network twice a step."""
     pictures: int = 80
     """Samples of each generator that are kept as pictures."""
 
@@ -72,6 +75,11 @@ class EvaluateConfig:
             )
         if self.neighbours >= self.num_samples:
             raise ValueError(f"neighbours must be below num_samples; given {self.neighbours} and {self.num_samples}")
+        for name, values in (("step_counts", self.step_counts), ("guidance_scales", self.guidance_scales)):
+            if len(set(values)) < len(values) or any(not 0 <= value < float("inf") for value in values):
+                raise ValueError(f"{name}: each once, and none below 0; given {list(values)}")
+        if not self.guidance_scales or 0 in self.step_counts:
+            raise ValueError("guidance_scales must hold at least one, and step_counts none below 1")
         for solver, steps in self.solvers.items():
             if solver not in SOLVERS:
                 raise ValueError(f"solvers: {solver!r} is not one of {', '.join(SOLVERS)}")
@@ -79,6 +87,8 @@ class EvaluateConfig:
                 raise ValueError(f"solvers.{solver}: step counts must be at least 1; given {list(steps)}")
             if len(set(steps)) < len(steps):
                 raise ValueError(f"solvers.{solver}: each step count once; given {list(steps)}")
+            for count in steps:
+                self.grid.times(count)  # a grid of free times has its own multiples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +104,7 @@ class Generator:
     grid: tuple[float, ...]
     """Times from noise to data."""
     calls_per_image: int
-    """Network calls, both branches of guidance counted."""
+    """Network calls, both branches of guidance counted, and the analytical first step not."""
     train_seconds: float
     """Seconds of the stages that made it."""
     identity: str
@@ -103,11 +113,16 @@ class Generator:
     """The student's weights; empty for the teacher."""
     afs: bool = False
     """Whether the first step is analytical."""
+    knows_steps: bool = False
+    """Whether the student is told how many steps its walk has."""
+    guidance_scale: float = 1.0
+    """Guidance of what was trained: of the teacher, or with which a student is sampled."""
 
     @property
     def key(self) -> str:
         """A file name of its own."""
-        return f"{self.stage or self.label}-{self.solver}-{self.calls_per_image}"
+        guided = f"-guided-{self.guidance_scale:g}" if self.stage and self.guidance_scale != 1 else ""
+        return f"{self.stage or self.label}-{self.solver}-{self.calls_per_image}{guided}"
 
 
 def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale: float) -> Iterator[Generator]:
@@ -122,20 +137,25 @@ def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale:
                 calls_per_image=steps * SOLVERS[solver].calls_per_step * branches(guidance_scale),
                 train_seconds=0.0,
                 identity=f"{teacher.fingerprint}@{guidance_scale:g}",
+                guidance_scale=guidance_scale,
             )
 
 
-def make_sampler(generator: Generator, teacher: Teacher, guidance_scale: float) -> Sampler:
+def make_sampler(generator: Generator, teacher: Teacher) -> Sampler:
     """From noise at the grid's first time to images."""
     grid = custom(generator.grid)
     if generator.solver == FLOW_MAP:
-        student = FlowMapStudent(copy.deepcopy(teacher.backbone))
-        load_weights(Path(generator.weights), student)
-        student.to(teacher.device)
-        frozen = student.eval().requires_grad_(False)
-        return torch.no_grad()(partial(walk, frozen, grid, afs=generator.afs))
-    velocity, states = teacher.velocity(guidance_scale), SOLVERS[generator.solver].states
+        student = guided_map(load_student(generator, teacher), teacher.null_condition, generator.guidance_scale)
+        return torch.no_grad()(partial(walk, student, grid, afs=generator.afs))
+    velocity, states = teacher.velocity(generator.guidance_scale), SOLVERS[generator.solver].states
     return torch.no_grad()(lambda x, condition: last(states(velocity, x, grid, condition)))
+
+
+def load_student(generator: Generator, teacher: Teacher) -> FlowMap:
+    """The frozen network of a generator that is a student."""
+    student = new_student(teacher, knows_steps=generator.knows_steps)
+    load_weights(Path(generator.weights), student)
+    return student.to(teacher.device).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,14 +193,13 @@ class Evaluator:
         self,
         config: EvaluateConfig,
         teacher: Teacher,
-        guidance_scale: float,
         reference: Reference,
         second: Reference | None,
         splits_fingerprint: str,
         seed: int,
         folder: Path,
     ) -> None:
-        self.config, self.teacher, self.guidance_scale = config, teacher, guidance_scale
+        self.config, self.teacher = config, teacher
         self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
         self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
         if second:  # absent without one, as in rows that were measured before there was a second net
@@ -190,6 +209,7 @@ class Evaluator:
         """All that determines a generator's row."""
         settings = {"num_samples": self.config.num_samples, "neighbours": self.config.neighbours}
         grid = {"grid": list(generator.grid), "solver": generator.solver, "afs": generator.afs}
+        grid["guidance_scale"] = generator.guidance_scale
         pictures = {"pictures": self.config.pictures, "seed": self.seed, "identity": generator.identity}
         return {**settings, **grid, **pictures, **self._against}
 
@@ -212,7 +232,7 @@ class Evaluator:
 
     def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
         """Sample, extract, compare; the row and the first pictures are kept."""
-        sampler = make_sampler(generator, self.teacher, self.guidance_scale)
+        sampler = make_sampler(generator, self.teacher)
         moments, features, second, pictures, seconds = [], [], [], [], 0.0
         for ids in self._blocks():
             started = time.perf_counter()
@@ -231,6 +251,7 @@ class Evaluator:
             stage=generator.stage,
             solver=generator.solver,
             nfe=generator.calls_per_image,
+            guidance_scale=generator.guidance_scale,
             num_samples=len(all_features),
             fid=frechet_distance(merge_in_order(moments), self.reference.moments),
             fid_features=self.reference.extractor.name,

@@ -96,7 +96,9 @@ def calls_per_row(stage: StageConfig) -> int:
     if objective.name == "meanflow":
         return 4 + round(2 * (1 - objective.equal_share))  # the teacher's call, and the derivative where r < t
     if objective.name == "sfd":
-        return 3 * (objective.intervals - objective.afs)
+        counts = objective.step_counts or (objective.intervals,)
+        taught = 0 if objective.taught_by == "teacher" else objective.start_intervals - objective.start_afs
+        return round(3 * (sum(counts) / len(counts) - objective.afs)) + taught
     return _calls_of_dmd(objective)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hd_core.random import fold_in, sample_labels, sample_noise
-from hd_core.solvers import SOLVERS, trajectory
+from hd_core.solvers import SOLVERS, analytical_first, trajectory
 from hd_core.times import GridConfig
 from hd_core.types import Condition
 from pipelines.process import WORKER_ENVIRONMENT, default_device, prepare_process
@@ -35,6 +35,10 @@ class PrecomputeConfig:
     """How the times are spread."""
     solver: str = "dpmpp_3m"
     """The teacher's solver."""
+    afs: bool = False
+    """Analytical first step of the teacher: its first call is computed without the network."""
+    null_share: float = 0.0
+    """Share of trajectories of "no class", which a student needs that is to be guided when it is sampled."""
     dtype: Literal["float16", "float32"] = "float16"
     """How states are stored."""
     shard_rows: int = 1024
@@ -54,6 +58,8 @@ class PrecomputeConfig:
         for name in ("num_samples", "intervals", "shard_rows", "batch_size", "num_actors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; given {getattr(self, name)}")
+        if not 0 <= self.null_share <= 1:
+            raise ValueError(f"null_share must lie in [0, 1]; given {self.null_share}")
         if self.cpus_per_actor <= 0 or self.gpus_per_actor < 0:
             raise ValueError(
                 "cpus_per_actor must be positive and gpus_per_actor not negative;"
@@ -63,13 +69,19 @@ class PrecomputeConfig:
     @property
     def calls_per_sample(self) -> int:
         """Network calls for one trajectory, without guidance."""
-        return self.intervals * SOLVERS[self.solver].calls_per_step
+        return self.intervals * SOLVERS[self.solver].calls_per_step - self.afs
 
 
 def trajectory_spec(
     config: PrecomputeConfig, teacher_config: TeacherConfig, teacher: Teacher, seed: int
 ) -> ShardSetSpec:
-    """What the trajectories of a recipe are."""
+    """What the trajectories of a recipe are.
+
+    Raises:
+        ValueError: some are to have no class, which the teacher does not know.
+    """
+    if config.null_share and teacher.null_condition is None:
+        raise ValueError('precompute.null_share needs a teacher that knows "no class"; set it to 0')
     grid = config.grid.times(config.intervals)
     return ShardSetSpec(
         kind="trajectories",
@@ -81,6 +93,8 @@ def trajectory_spec(
             "teacher": teacher.fingerprint,
             "guidance_scale": teacher_config.guidance_scale,
             "solver": config.solver,
+            "afs": config.afs,
+            "null_share": config.null_share,
             "grid": asdict(config.grid),
             "seed": seed,
             "num_classes": teacher.num_classes,
@@ -100,6 +114,8 @@ def solve(
     """
     grid, solver = config.grid.times(config.intervals), SOLVERS[config.solver]
     velocity, device = teacher.velocity(guidance_scale), teacher.device
+    if config.afs:
+        velocity = analytical_first(velocity, grid[0].item())
     parts: list[np.ndarray] = []
     for start in range(0, len(ids), config.batch_size):
         some = ids[start : start + config.batch_size]
@@ -202,6 +218,15 @@ def _block(spec: ShardSetSpec, index: int, seed: int) -> Any:
     """Sample ids and labels of one shard, as an Arrow table: one block of the dataset."""
     import pyarrow as pa
 
-    ids, classes = spec.ids(index), max(1, spec.inputs["num_classes"])
-    labels = sample_labels(noise_seed(seed), ids, classes).numpy()
-    return pa.table({"sample_id": np.arange(ids.start, ids.stop), "label": labels})
+    ids = spec.ids(index)
+    return pa.table({"sample_id": np.arange(ids.start, ids.stop), "label": trajectory_labels(spec, seed, ids).numpy()})
+
+
+def trajectory_labels(spec: ShardSetSpec, seed: int, ids: range) -> torch.Tensor:
+    """The class of each trajectory, from its id alone; the number of classes itself is "no class"."""
+    classes, share = max(1, spec.inputs["num_classes"]), spec.inputs["null_share"]
+    labels = sample_labels(noise_seed(seed), ids, classes)
+    if not share:
+        return labels
+    without = [fold_in(noise_seed(seed), "null", int(sample_id)) < share * 2**63 for sample_id in ids]
+    return labels.where(~torch.tensor(without), classes)

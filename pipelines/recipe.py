@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from hd_core.objectives.dmd import DMD
 from hd_core.objectives.mean_velocity import MeanVelocity
 from hd_core.objectives.sfd import SFD
-from hd_core.times import nested_positions
+from hd_core.times import positions
 from pipelines.artifacts import fingerprint
 from pipelines.data import DataConfig
 from pipelines.evaluate import EvaluateConfig
@@ -93,12 +93,40 @@ class Recipe:
                     f"stages.{name}: regression_weight needs objective.grid to end where precompute.grid does"
                 )
         if isinstance(stage.objective, SFD):
+            self._check_times(name, stage.objective)
+            self._check_start(name, stage)
+
+    def _check_times(self, name: str, objective: SFD) -> None:
+        """SFD needs every one of its times to be a point of the trajectory that teaches it."""
+        stored = objective.taught_by == "teacher"
+        grid, intervals = (self.precompute.grid, self.precompute.intervals) if stored else (objective.grid, None)
+        fine = grid.times(intervals or objective.start_intervals)
+        for count in objective.step_counts or (objective.intervals,):
             try:
-                nested_positions(self.precompute.intervals, stage.objective.intervals)
+                positions(fine, objective.grid.times(count))
             except ValueError as error:
-                raise ValueError(f"stages.{name}.objective.intervals: {error} (precompute.intervals)") from None
-            if stage.objective.grid != grid:
-                raise ValueError(f"stages.{name}.objective.grid must equal precompute.grid, whose points it uses")
+                raise ValueError(
+                    f"stages.{name}.objective: its times in {count} steps are not all among the {len(fine)} of"
+                    f" {'precompute.grid' if stored else 'start_intervals'}: {error}"
+                ) from None
+
+    def _check_start(self, name: str, stage: StageConfig) -> None:
+        """A student taught by what it starts from is taught on the times that that was trained for."""
+        objective = stage.objective
+        assert isinstance(objective, SFD)
+        start = self.stages[stage.start].objective if stage.start != TEACHER else None
+        if objective.taught_by != "start" or not isinstance(start, SFD):
+            return
+        known = start.step_counts or (start.intervals,)
+        if (start.grid, start.afs) != (objective.grid, objective.start_afs) or objective.start_intervals not in known:
+            raise ValueError(
+                f"stages.{name}.objective: grid, start_afs and start_intervals must be those that {stage.start} was"
+                f" trained with (start_afs {str(start.afs).lower()}, start_intervals {' or '.join(map(str, known))})"
+            )
+
+    def knows_steps(self, name: str) -> bool:
+        """Whether a stage's student has an embedding of the number of steps, its own or one that it started with."""
+        return any(self.stages[link].step_counts for link in self.chain(name))
 
     @property
     def needs_trajectories(self) -> bool:
@@ -143,6 +171,8 @@ _FREE = (
     "precompute.batch_size",
     "evaluate.batch_size",
     "evaluate.solvers",
+    "evaluate.step_counts",
+    "evaluate.guidance_scales",
     *(f"stages.*.{name}" for name in FREE_STAGE_FIELDS),
 )
 """Patterns of fields that say how, where and what else, not what: changing them changes no result that is there."""

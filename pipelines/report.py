@@ -28,9 +28,10 @@ _SECOND_KEYS: dict[str, type] = {"second_real_fid": float, "second_halves_fid": 
 """Keys of the reference that are there only where there was a second feature net."""
 _SOLVER_NAMES = {
     "euler": "Euler", "heun": "Heun", "dpm_solver_2": "DPM-Solver-2", "dpmpp_2m": "DPM-Solver++(2M)",
-    "dpmpp_3m": "DPM-Solver++(3M)", "ipndm": "iPNDM", "flow_map": "flow map",
+    "dpmpp_3m": "DPM-Solver++(3M)", "ipndm_2": "iPNDM (2)", "ipndm_3": "iPNDM (3)", "ipndm_4": "iPNDM",
+    "flow_map": "flow map",
 }  # fmt: skip
-_GENERATOR_NAMES = {"hd": "HD", "sfd": "SFD"}
+_GENERATOR_NAMES = {"hd": "HD", "sfd": "SFD", "sfd-v": "SFD-v"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Row:
     """FID under a second feature net; None where there was none."""
     second_features: str = ""
     """Name of that net; empty where there was none."""
+    guidance_scale: float = 1.0
+    """Guidance: of the teacher, or with which a student was sampled."""
 
     def __post_init__(self) -> None:
         if self.nfe < 1:
@@ -76,9 +79,10 @@ class Row:
     @property
     def generator_name(self) -> str:
         """The generator as people write it."""
-        first, _, rest = self.generator.partition("_")
+        first, _, rest = self.generator.replace("sfd_v", "sfd-v").partition("_")
         name = _GENERATOR_NAMES.get(first, first[:1].upper() + first[1:])
-        return f"{name} {rest.replace('_', ' ')}".rstrip()
+        guided = f", guided {self.guidance_scale:g}" if self.stage and self.guidance_scale != 1 else ""
+        return f"{name} {rest.replace('_', ' ')}".rstrip() + guided
 
     @property
     def solver_name(self) -> str:

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from pipelines.report import Row
 
 
-def line_of(row: "Row") -> tuple[str, str]:
+def line_of(row: "Row") -> tuple[str, str, float]:
     """What a row shares with its neighbours of other numbers of calls: rows of one line stand together."""
-    return row.generator, row.solver
+    return row.generator, row.solver, row.guidance_scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,25 +8,30 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
+from hd_core.guidance import branches
+from hd_core.objectives.sfd import SFD
 from hd_core.objectives.turns import first_step_is_analytical
+from hd_core.types import Grid
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
 from pipelines.cluster import stop_ray
 from pipelines.data import DataSplits, load_images
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
 from pipelines.features import BUILT_IN, Extractor, load_extractor
 from pipelines.journal import Status
+from pipelines.perceptual import LPIPS, load_perceptual
 from pipelines.precompute import precompute, start_for, trajectory_spec
 from pipelines.process import default_device, environment
 from pipelines.progress import bar
 from pipelines.recipe import TEACHER, Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, ShardSetSpec, write_shard
-from pipelines.stages import StageJob, stage_inputs
+from pipelines.stages import StageConfig, StageJob, stage_inputs
 from pipelines.teachers import Teacher, load_teacher
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
@@ -67,12 +72,6 @@ class Run:
     @cached_property
     def extractor(self) -> Extractor:
         return self._extractor(self.recipe.evaluate.features)
-
-    @property
-    def _portable_features(self) -> str:
-        """The feature net's name, or its folder as a worker in another directory finds it."""
-        name = self.recipe.evaluate.features
-        return name if name in BUILT_IN else str(Path(name).expanduser().resolve())
 
     @cached_property
     def second_extractor(self) -> Extractor | None:
@@ -117,6 +116,8 @@ class Run:
             upstream["images"] = self.images.spec.fingerprint
         if stage.probe.every:
             upstream["probe_features"] = self.extractor.fingerprint
+        if stage.perceptual:
+            upstream["perceptual"] = load_perceptual(stage.perceptual).fingerprint
         upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{stage.guided(recipe.teacher):g}"}
         return StageJob(
             name=name,
@@ -129,7 +130,9 @@ class Run:
             trajectories=self.trajectories if "trajectories" in needs else None,
             images=self.images if stage.needs_images else None,
             inputs=stage_inputs(stage, recipe.train, upstream, recipe.seed, name),
-            features=self._portable_features if stage.probe.every else "",
+            features=_portable(recipe.evaluate.features) if stage.probe.every else "",
+            perceptual=_portable(stage.perceptual),
+            start_knows_steps=stage.start != TEACHER and recipe.knows_steps(stage.start),
         )
 
     def _start_identity(self, name: str) -> str:
@@ -146,17 +149,28 @@ class Run:
         """All that the report has a row for, in order."""
         recipe = self.recipe
         from_teacher = teacher_generators(recipe.evaluate, self.teacher, recipe.teacher.guidance_scale)
-        return [*from_teacher, *(self.student(name) for name in recipe.stages)]
+        return [*from_teacher, *(student for name in recipe.stages for student in self.students(name))]
 
     def require_trained(self, name: str) -> None:
         """Raises ValueError where a stage is not trained yet."""
         if self.job(name).finished() is None:
             raise ValueError(f"stage {name} is not trained in {self.dir.path}: run `hdistill train` first")
 
-    def student(self, name: str) -> Generator:
-        """A trained stage as a generator."""
+    def students(self, name: str) -> Iterator[Generator]:
+        """A trained stage at every number of steps and guidance that is measured."""
+        stage, asked = self.recipe.stages[name], self.recipe.evaluate
+        counts = sorted({*stage.step_counts, *asked.step_counts}) if stage.step_counts else [None]
+        for guidance_scale, steps in product(asked.guidance_scales, counts):
+            yield self.student(name, steps, guidance_scale)
+
+    def student(self, name: str, steps: int | None = None, guidance_scale: float = 1.0) -> Generator:
+        """A trained stage as a generator, of its own number of steps where none is asked for.
+
+        Raises:
+            ValueError: its student is not told how many steps there are, or cannot walk so many.
+        """
         stage = self.recipe.stages[name]
-        grid = tuple(stage.objective.sampling_grid().tolist())
+        grid = tuple(sampling_grid(name, stage, steps).tolist())
         afs = first_step_is_analytical(stage.objective)
         manifests = [read_json(self.dir.stage(link) / "stage.json") for link in self.recipe.chain(name)]
         return Generator(
@@ -164,11 +178,13 @@ class Run:
             stage=name,
             solver=FLOW_MAP,
             grid=grid,
-            calls_per_image=len(grid) - 1 - afs,
+            calls_per_image=(len(grid) - 1 - afs) * branches(guidance_scale),
             train_seconds=sum(manifest["train_seconds"] for manifest in manifests if manifest),
             identity=manifests[-1]["sha256"] if manifests[-1] else "",
             weights=str(self._weights(name)),
             afs=afs,
+            knows_steps=self.recipe.knows_steps(name),
+            guidance_scale=guidance_scale,
         )
 
     @cached_property
@@ -184,7 +200,6 @@ class Run:
         return Evaluator(
             self.recipe.evaluate,
             self.teacher,
-            self.recipe.teacher.guidance_scale,
             self.reference,
             self.second_reference,
             self.splits.fingerprint,
@@ -371,12 +386,13 @@ class Run:
         return rows
 
     def _log_row(self, row: Row) -> None:
-        name = f"{row.stage or row.generator}_{row.solver}"
+        guided = f"_guided_{row.guidance_scale:g}" if row.stage and row.guidance_scale != 1 else ""
+        name = f"{row.stage or row.generator}_{row.solver}{guided}"
         metrics = {f"fid_{row.fid_features}": row.fid, "precision": row.precision, "recall": row.recall}
         if row.second_fid is not None:
             metrics[f"fid_{row.second_features}"] = row.second_fid
         self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
-        if row.stage:
+        if row.stage and row.samples == f"{self.student(row.stage).key}.npz":
             tracker = self._stage_tracker(self.job(row.stage))
             tracker.metrics(metrics, step=self.recipe.stages[row.stage].num_steps)
             tracker.finish("FINISHED")
@@ -446,6 +462,27 @@ class _Counter:
     def add(self, count: int) -> None:
         self._done += count
         self._show(self._done)
+
+
+def sampling_grid(name: str, stage: StageConfig, steps: int | None = None) -> Grid:
+    """The times at which a stage's student is sampled.
+
+    Raises:
+        ValueError: a number of steps is asked for that its student does not know.
+    """
+    if steps is None:
+        return stage.objective.sampling_grid()
+    if not stage.step_counts or not isinstance(stage.objective, SFD):
+        raise ValueError(f"stage {name} is sampled in its own number of steps only: its student knows no other")
+    least = 1 + stage.objective.afs
+    if steps < least:
+        raise ValueError(f"stage {name} takes at least {least} steps; given {steps}")
+    return stage.objective.grid.times(steps)
+
+
+def _portable(net: str) -> str:
+    """A feature net's name, or its folder as a worker in another directory finds it."""
+    return net if net in ("", LPIPS, *BUILT_IN) else str(Path(net).expanduser().resolve())
 
 
 def ending(error: BaseException) -> Status:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hd_core.networks.awd import AWDConfig
+from hd_core.networks.student import StepStart
 from hd_core.objectives.dmd import DMD
 from hd_core.objectives.mean_velocity import MeanVelocity
 from hd_core.objectives.meanflow import MeanFlow
@@ -98,6 +99,10 @@ class StageConfig:
     """The discriminator's heads, where the objective has one."""
     fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
     """What the fake score is made of, where the objective has one."""
+    step_embedding: StepStart = "zero"
+    """Where the embedding of the number of steps starts from, in SFD-v. zero: from nothing. random: as its authors."""
+    perceptual: str = ""
+    """Net of the objective's perceptual distance, if any: lpips, digits, or a folder of `hdistill features`."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """When the student is looked at while it trains, and which of its weights are passed on."""
     stop: StopConfig = field(default_factory=StopConfig)
@@ -120,6 +125,18 @@ class StageConfig:
                 f"{self.objective.name} learns from stored trajectories, which are guided by teacher.guidance_scale:"
                 " leave this stage's guidance_scale out"
             )
+
+        weight = getattr(self.objective, "perceptual_weight", 0)
+        if bool(weight) != bool(self.perceptual):
+            raise ValueError(
+                "perceptual names the net of objective.perceptual_weight: set both or neither; given"
+                f" {self.perceptual!r} and {weight}"
+            )
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """Numbers of steps that its student is told of; empty where it is not told."""
+        return getattr(self.objective, "step_counts", ())
 
     def guided(self, teacher: TeacherConfig) -> float:
         """Guidance of the teacher in this stage: its own, or the teacher's."""
@@ -177,6 +194,10 @@ class StageJob:
     """What determines the result; a checkpoint from other inputs is refused."""
     features: str = ""
     """Feature net of the probes, where there are any."""
+    perceptual: str = ""
+    """Net of the perceptual distance, where there is one."""
+    start_knows_steps: bool = False
+    """Whether the weights that the student starts from have an embedding of the number of steps."""
 
     @property
     def data(self) -> list[ShardSet]:

@@ -24,6 +24,7 @@ ASSETS_BYTES_MAX = 6_000_000
 
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+OPTIONAL = [Requirement(line) for line in PROJECT["optional-dependencies"]["lpips"]]
 
 
 def has_lower_bound(requirement: Requirement) -> bool:
@@ -85,7 +86,7 @@ def test_no_pin_carries_a_local_version():
 
 
 def test_every_imported_distribution_is_declared():
-    declared = {canonicalize_name(requirement.name) for requirement in RUNTIME}
+    declared = {canonicalize_name(requirement.name) for requirement in RUNTIME + OPTIONAL}
     distributions = packages_distributions()
     for package in PACKAGES:
         for module, path in imported_modules(package):

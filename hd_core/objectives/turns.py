@@ -17,7 +17,7 @@ from hd_core.random import Draws
 from hd_core.types import Condition, FeatureMap, FlowMap, Grid, Images, Judge, PerSample, Velocity
 
 PlayerName = Literal["student", "fake_score", "discriminator"]
-Need = Literal["trajectories", "images", "features"]
+Need = Literal["trajectories", "images", "features", "start", "perceptual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,10 @@ class Cast:
     discriminator: Judge | None = None
     features: FeatureMap | None = None
     """Tapped features of the frozen teacher."""
+    start: FlowMap | None = None
+    """A frozen copy of the weights that the student starts from."""
+    perceptual: Callable[[Images, Images], PerSample] | None = None
+    """A distance of two images as eyes have it."""
     null_condition: Condition | None = None
     """One row of "no class", where the teacher knows it."""
     mean: Callable[[Tensor], Tensor] = field(default=lambda value: value)
@@ -78,6 +82,16 @@ class Cast:
     def taps(self) -> FeatureMap:
         """The teacher's features; only objectives that need them may ask."""
         return cast(FeatureMap, self.features)
+
+    @property
+    def origin(self) -> FlowMap:
+        """What the student starts from; only objectives that need it may ask."""
+        return cast(FlowMap, self.start)
+
+    @property
+    def perception(self) -> Callable[[Images, Images], PerSample]:
+        """The perceptual distance; only objectives that need it may ask."""
+        return cast(Callable[[Images, Images], PerSample], self.perceptual)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,8 @@ OBJECTIVES: dict[str, Objective] = {
     "meanflow, differences": MeanFlow(derivative="finite_difference", power=0.5, equal_share=0.25),
     "sfd": SFD(intervals=3),
     "sfd, afs": SFD(intervals=3, afs=True),
+    "sfd, from the teacher's states": SFD(intervals=3, states="teacher"),
+    "sfd, told its steps": SFD(intervals=3, step_counts=(3,)),
     "sfd, huber": SFD(intervals=2, distance="pseudo_huber"),
     "dmd": DMD(update_ratio=1, adversarial=Adversarial(weight=0.0)),
     "dmd, hinge": DMD(update_ratio=1),
@@ -280,7 +282,7 @@ class TestSFD:
             SFD(intervals=1, afs=True)
         with pytest.raises(ValueError, match="intervals >= 1"):
             SFD(intervals=0)
-        with pytest.raises(ValueError, match="a grid of 4 intervals does not nest in one of 6"):
+        with pytest.raises(ValueError, match=r"time 0\.75 is not stored"):
             next(SFD(intervals=4).turns(cast_with(exact_student(GAUSSIAN)), batch_of(2), draws_of(slice(0, 2), 2), 0))
 
 

@@ -45,7 +45,7 @@ def generator_of(job: Run, key: str) -> Generator:
 def test_samples_carry_no_gradient(job: Run):
     x, condition = torch.randn(2, 1, 8, 8), Condition(labels=torch.tensor([0, 1]))
     for key in ("teacher-euler-2", "sfd_2-flow_map-2"):
-        assert not make_sampler(generator_of(job, key), job.teacher, 1.0)(x, condition).requires_grad
+        assert not make_sampler(generator_of(job, key), job.teacher)(x, condition).requires_grad
 
 
 def test_the_teachers_euler_sampler_is_euler(job: Run):
@@ -54,7 +54,7 @@ def test_the_teachers_euler_sampler_is_euler(job: Run):
     with torch.no_grad():
         half = x - 0.5 * v(x, torch.ones(4), condition)
         wanted = half - 0.5 * v(half, torch.full((4,), 0.5), condition)
-    found = make_sampler(generator_of(job, "teacher-euler-2"), job.teacher, 1.0)(x, condition)
+    found = make_sampler(generator_of(job, "teacher-euler-2"), job.teacher)(x, condition)
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def longhand_fid(one: np.ndarray, other: np.ndarray) -> float:
 def test_the_fid_of_a_row_is_that_of_its_samples_by_hand(job: Run, key: str):
     generator, seed = generator_of(job, key), evaluation_seed(3)
     noise, labels = sample_noise(seed, range(200), (1, 8, 8)), sample_labels(seed, range(200), 10)
-    images = to_uint8(make_sampler(generator, job.teacher, 1.0)(noise, Condition(labels=labels)))
+    images = to_uint8(make_sampler(generator, job.teacher)(noise, Condition(labels=labels)))
     wanted = longhand_fid(job.extractor(images), job.extractor(job.splits.reference.images))
     assert read_json(job.dir.evaluation / f"{key}.json")["row"]["fid"] == pytest.approx(wanted, rel=1e-3)
     kept = np.load(job.dir.evaluation / f"{key}.npz")
@@ -204,7 +204,7 @@ def dit_flops(width: int, depth: int, tokens: int, area: int, *, student: bool) 
 )  # fmt: skip
 def test_operations_are_those_of_a_longhand_count(job: Run, key: str, calls: int, student: bool):
     generator = generator_of(job, key)
-    found = job.evaluator().flops(make_sampler(generator, job.teacher, 1.0), generator)
+    found = job.evaluator().flops(make_sampler(generator, job.teacher), generator)
     assert found == calls * dit_flops(64, 4, 16, 4, student=student)
     row = read_json(job.dir.evaluation / f"{key}.json")["row"]
     assert row["gflops_per_image"] == found / 1e9 and row["nfe"] == calls

@@ -37,12 +37,14 @@ FREE = {
     "precompute.gpus_per_actor",
     "precompute.batch_size",
     "evaluate.batch_size",
+    "evaluate.step_counts",
+    "evaluate.guidance_scales",
     *(f"stages.{stage}.{name}" for stage in DIGITS.stages for name in ("label", "log_every", "checkpoint_every")),
     *(f"evaluate.solvers.{solver}" for solver in DIGITS.evaluate.solvers),
     *(f"stages.{stage}.stop.{item.name}" for stage in DIGITS.stages for item in dataclasses.fields(StopConfig)),
     "teacher_training",
 }
-WORDS = {
+WORDS: dict[str, dict[str, Any] | None] = {
     "data.kind": {"data.kind": "folder", "data.path": "/pictures"},
     "data.path": {"data.kind": "folder", "data.path": "/pictures"},
     "data.channels": {"data.channels": 1},
@@ -54,11 +56,14 @@ WORDS = {
     "evaluate.features": {"evaluate.features": "inception"},
     "evaluate.grid.kind": {"evaluate.grid.kind": "polynomial", "evaluate.grid.t_max": 0.9},
     "evaluate.grid.t_max": {"evaluate.grid.t_max": 0.9},
+    "evaluate.step_counts": {"evaluate.step_counts": [7]},
+    "evaluate.grid.knots": None,  # two stretches have no grid of one step
     "track.uri": {"track.uri": "sqlite:///other.db"},
 }
 LAST_WORDS = {
     "decay": "halfway", "distance": "l2", "loss": "softplus", "start": "teacher", "label": "other", "pairs": "ends",
     "arm": "uniform", "tail": "token_logits", "guidance_scale": 1.5, "teacher_training": {"num_steps": 7},
+    "states": "teacher", "step_embedding": "random",
 }  # fmt: skip
 JARGON = ("Input should", "valid ", "pydantic", "Value error", "dataclass", "tuple", "parse", "NoneType", "Traceback")
 
@@ -76,10 +81,11 @@ def changes_of(key: str, value: Any) -> dict[str, Any] | None:
         return WORDS[key]
     if "grid." in key and not key.startswith("evaluate"):  # the students' grid must stay the stored one
         name = key.split("grid.")[1]
-        if name != "rho":
+        others = {"rho": 5.0, "betas": [0.001, 0.01]}
+        if name not in others:
             return None
         owners = ["precompute", *(f"stages.{n}.objective" for n, s in DIGITS.stages.items() if _has_grid(s))]
-        return {f"{owner}.grid.rho": 5.0 for owner in owners}
+        return {f"{owner}.grid.{name}": others[name] for owner in owners}
     if last == "start":
         return {key: "teacher"} if value != "teacher" else {key: "sketch"} if "sketch" not in key else None
     if key.endswith("objective.name"):
@@ -92,7 +98,15 @@ def changes_of(key: str, value: Any) -> dict[str, Any] | None:
         return {key: "matched" if "adversarial" in key else "plain"}
     if last == "keep":
         return {key: "best", key.replace("keep", "every"): 10}
-    if last == "afs" and DIGITS.stages[key.split(".")[1]].objective.name == "dmd":
+    if last == "step_counts":
+        return {key: [12, *_siblings(key, "intervals")]}
+    if last == "taught_by":
+        return {key: "start", key.replace(last, "start_intervals"): 12}
+    if last in ("perceptual", "perceptual_weight"):
+        stage = ".".join(key.split(".")[:2])
+        sfd = "perceptual_weight" in DIGITS.to_dict()["stages"][key.split(".")[1]]["objective"]
+        return {f"{stage}.perceptual": "digits", f"{stage}.objective.perceptual_weight": 0.5} if sfd else None
+    if last == "afs" and key.startswith("stages") and DIGITS.stages[key.split(".")[1]].objective.name == "dmd":
         return {key: True, key.replace("afs", "intervals"): 2}
     if key.endswith("fake_score.kind"):
         return {key: "lora"}
@@ -107,6 +121,10 @@ def changes_of(key: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, list):
         return {key: [*value[:-1], value[-1] * 2 if isinstance(value[-1], int) else value[-1] * 0.9]}
     return {key: "other"}
+
+
+def _siblings(key: str, name: str) -> list[Any]:
+    return [flatten(DIGITS.to_dict())[".".join([*key.split(".")[:-1], name])]]
 
 
 def _has_grid(stage: Any) -> bool:
@@ -193,14 +211,18 @@ def test_nearly_every_field_was_tried():
     assert known >= FREE
     untried = {re.sub(r"stages\.\w+", "stages.*", key) for key in known - tried}
     assert untried == {
+        "evaluate.grid.knots",
         "precompute.grid.kind",
+        "precompute.grid.knots",
         "precompute.grid.t_max",
         "precompute.grid.t_min",
         "stages.*.objective.grid.kind",
+        "stages.*.objective.grid.knots",
         "stages.*.objective.grid.t_max",
         "stages.*.objective.grid.t_min",
         "stages.*.guidance_scale",  # of the stages that learn from stored trajectories, which refuse one
         "stages.*.objective.name",
+        "stages.*.perceptual",  # of the stages whose objective has no such term
         "stages.*.start",  # of the first stage, which has no other to start from
     }
 
@@ -262,8 +284,11 @@ def test_chain_and_needs(tmp_path: Path):
         ("stages.sketch.objective={name: hd}", "must be one of mean_velocity, meanflow, dmd, sfd; given 'hd'"),
         ("stages.sketch.objective={}", "objective.name: required: one of mean_velocity, meanflow, dmd, sfd"),
         ("stages.sketch.objective={name: sfd, intervlas: 3}", "intervlas: unknown key (did you mean 'intervals'?)"),
-        ("stages.sfd_2.objective.intervals=5", "stages.sfd_2.objective.intervals: a grid of 5 intervals does not nest"),
-        ("stages.sfd_2.objective.grid.rho=3", "stages.sfd_2.objective.grid must equal precompute.grid"),
+        (
+            "stages.sfd_2.objective.intervals=5",
+            "stages.sfd_2.objective: its times in 5 steps are not all among the 13 of precompute.grid",
+        ),
+        ("stages.sfd_2.objective.grid.t_min=0.1", "its times in 2 steps are not all among the 13 of precompute.grid"),
         ("precompute.grid={t_max: 0.9}", "stages.sketch: mean_velocity needs precompute.grid from t_max 1 to t_min 0"),
         ("stages.sfd_2.start=sketh", "stages.sfd_2.start: 'sketh' is not one of teacher, sketch, refine"),
         ("stages.sketch.start=refine", "stages.sketch.start: 'refine' is not one of teacher"),

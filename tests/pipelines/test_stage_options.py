@@ -19,8 +19,9 @@ from pipelines.recipe import Recipe
 from pipelines.run import Run
 from pipelines.stages import FakeScoreConfig, StageJob
 from pipelines.teachers import Teacher
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.trainer import StageTrainer, Watch
 from tests.pipelines import tiny
+from tests.pipelines.tiny import trained, trainer_of
 
 RECIPE = """\
 seed: 5
@@ -75,19 +76,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def teacher(run: Run) -> Teacher:
     return run.teacher
-
-
-def trainer_of(job: StageJob, watch: Watch | None = None) -> StageTrainer:
-    trainer = StageTrainer(job, Group(), watch or Watch())
-    trainer.restore()
-    return trainer
-
-
-def trained(job: StageJob) -> StageTrainer:
-    trainer = trainer_of(job)
-    trainer.run()
-    assert job.finished()
-    return trainer
 
 
 def asked(rows: int = 6) -> tuple[Tensor, Tensor, Condition]:

@@ -7,14 +7,15 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from hd_core.random import sample_labels
 from pipelines import recipe as recipes
 from pipelines.artifacts import RunDir
 from pipelines.cli import main
-from pipelines.precompute import noise_seed, solve
+from pipelines.precompute import solve, trajectory_labels
 from pipelines.recipe import Recipe
 from pipelines.run import Run
 from pipelines.shards import ShardSet, write_shard
+from pipelines.stages import StageJob
+from pipelines.trainer import Group, StageTrainer, Watch
 
 RECIPE = """\
 # Digits in seconds, for tests.
@@ -72,7 +73,7 @@ def make_trajectories(recipe: Recipe, run_dir: Path, shards: ShardSet | None = N
     shards, scale = shards or job.trajectories, recipe.teacher.guidance_scale
     for index in shards.missing:
         ids = shards.spec.ids(index)
-        labels = sample_labels(noise_seed(recipe.seed), ids, job.teacher.num_classes)
+        labels = trajectory_labels(shards.spec, recipe.seed, ids)
         states = solve(job.teacher, recipe.precompute, scale, recipe.seed, ids, labels)
         shards.commit(write_shard(shards.folder, shards.spec, index, labels.numpy(), states))
     return shards
@@ -86,6 +87,19 @@ def prepared_run(folder: Path, text: str) -> Run:
     run = open_run(recipe, folder / "run")
     run._write_images()
     return run
+
+
+def trainer_of(job: StageJob, watch: Watch | None = None) -> StageTrainer:
+    trainer = StageTrainer(job, Group(), watch or Watch())
+    trainer.restore()
+    return trainer
+
+
+def trained(job: StageJob) -> StageTrainer:
+    trainer = trainer_of(job)
+    trainer.run()
+    assert job.finished()
+    return trainer
 
 
 def hdistill(*arguments: object) -> Result:
