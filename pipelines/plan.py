@@ -1,6 +1,5 @@
 """What a run would do: the resolved recipe, what would be reused, and the cost in network calls and bytes."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hd_core.guidance import branches
-from hd_core.networks.student import FlowMapStudent
 from hd_core.objectives.dmd import DMD
 from pipelines.artifacts import RunDir
+from pipelines.cast import new_student
 from pipelines.recipe import Recipe, to_yaml
 from pipelines.run import Run, check_recipe
 from pipelines.stages import StageConfig
@@ -78,14 +77,13 @@ def _stage(job: Run, name: str) -> Item:
         phase=name,
         reused="all" if done else "-",
         calls=0 if done else stage.num_steps * stage.batch_size * calls_per_row(stage),
-        bytes=4 * _student_parameters(job.teacher),
+        bytes=4 * _student_parameters(job.teacher, knows_steps=job.recipe.knows_steps(name)),
         what=f"{stage.objective.name} from {stage.start}, {stage.num_steps} steps of {stage.batch_size}",
     )
 
 
-def _student_parameters(teacher: Teacher) -> int:
-    student = FlowMapStudent(copy.deepcopy(teacher.backbone))
-    return sum(parameter.numel() for parameter in student.parameters())
+def _student_parameters(teacher: Teacher, *, knows_steps: bool) -> int:
+    return sum(parameter.numel() for parameter in new_student(teacher, knows_steps=knows_steps).parameters())
 
 
 def calls_per_row(stage: StageConfig) -> int:

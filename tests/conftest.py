@@ -21,7 +21,7 @@ settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes: a file's tests stay together, and all that need Ray share one process, and so a cluster."""
+    """For several processes: a file's tests stay together, and all that need Ray share one of them, and its cluster."""
     for item in items:
         group = "ray" if item.get_closest_marker("ray") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import yaml
 
+from pipelines import recipe as recipes
 from pipelines.cli import main
 from pipelines.shards import ShardSet, ShardSetSpec, write_shard
 
@@ -30,6 +32,15 @@ def test_hdistill_lines_are_understood(line: list[str]):
     name, command, rest = main.resolve_command(context, line[1:])
     assert command is not None and name is not None
     command.make_context(name, rest, parent=context)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = [block for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=lambda text: text.split("{")[0].split()[-1])
+def test_pieces_of_recipes_load(text: str):
+    assert recipes.from_dict({"name": "shown", **yaml.safe_load(text)}).stages
 
 
 def test_make_lines_are_targets():
