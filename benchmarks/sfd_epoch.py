@@ -5,8 +5,8 @@
 Both students, optimisers and batches are those of the digits recipe, and both go through `pipelines.feed.Feed` and
 `hd_core.step.train_step`. One reads shards that are held in memory, as training does; the other draws noise and runs
 the teacher's solver over the whole dense grid, without gradients, before each iteration's turns, as SFD's authors do.
-Every student step spans four of the teacher's. They take turns in one process, epoch by epoch; seconds are of one
-core's own time, so that other work on the machine does not count, and figures are medians over rounds.
+Every student step spans four of the teacher's. They take turns in one process, iteration by iteration; seconds are of
+one core's own time, so that other work on the machine does not count, and figures are medians over rounds.
 
 Making the shards is measured without Ray. It has paid for itself after making / (inline - stored) epochs, or after
 that share of training runs as long as the digits recipe's, each of which reads the shards once (from the system's
@@ -110,18 +110,13 @@ class Side:
         self.job, self.trainer = job, StageTrainer(job, Group(), Watch())
         self.batches = Feed(job, self.trainer.teacher, self.trainer.rows, 0).batches(job.stage.num_steps)
 
-    def epoch(self, iterations: int) -> float:
-        """Seconds of so many iterations."""
-        started = time.process_time()
-        for _ in range(iterations):
-            self._iterate(next(self.batches))
-        return time.process_time() - started
-
-    def _iterate(self, batch: Batch) -> None:
-        state, stage = self.trainer.state, self.job.stage
+    def iterate(self) -> float:
+        """Seconds of one iteration, its batch included."""
+        started, state, stage = time.process_time(), self.trainer.state, self.job.stage
         draws = Draws(seed=step_seed(self.job, state.step), rows=self.trainer.rows, total=stage.batch_size)
         progress = state.step / stage.num_steps
-        train_step(state, stage.objective, self.trainer.cast, batch, draws, progress=progress)
+        train_step(state, stage.objective, self.trainer.cast, next(self.batches), draws, progress=progress)
+        return time.process_time() - started
 
 
 def make(run: Run, shards: ShardSet) -> float:
@@ -144,29 +139,26 @@ def read(shards: ShardSet) -> float:
 
 
 def measure(samples: int, rounds: int, **row: Any) -> list[dict[str, float]]:
-    """What each round's epochs took, and making and reading the shards once more."""
+    """Seconds of each round: an epoch of both sides, and the shards made and read in a folder of their own."""
     iterations = samples // LIKE.batch_size
+    settings = recipe(samples, WARM_UP + rounds * iterations, **row)
     with TemporaryDirectory() as folder:
-        run = Run(
-            recipe(samples, WARM_UP + rounds * iterations, **row), RunDir.create(Path(folder)), Console(quiet=True)
-        )
+        run = Run(settings, RunDir.create(Path(folder)), Console(quiet=True))
         make(run, run.trajectories)
         job = run.job("sfd")
         sides = {"inline": Side(inline(job, run.recipe.precompute)), "stored": Side(job)}
-        for side in sides.values():
-            side.epoch(WARM_UP)
-        return [one_round(run, sides, number, iterations) for number in range(rounds)]
+        epochs(sides, WARM_UP)
+        again = [ShardSet.open(run.dir.path / f"again_{number}", job.data[0].spec) for number in range(rounds)]
+        return [{**epochs(sides, iterations), "making": make(run, one), "reading": read(one)} for one in again]
 
 
-def one_round(run: Run, sides: Mapping[str, Side], number: int, iterations: int) -> dict[str, float]:
-    """An epoch of each side, the first one in turn, and the shards made and read in a folder of their own."""
-    again = ShardSet.open(run.dir.path / f"again_{number}", run.trajectories.spec)
-    order = list(sides) if number % 2 else list(sides)[::-1]
-    return {
-        **{name: sides[name].epoch(iterations) for name in order},
-        "making": make(run, again),
-        "reading": read(again),
-    }
+def epochs(sides: Mapping[str, Side], iterations: int) -> dict[str, float]:
+    """Seconds of so many iterations of each side; they take turns, and each comes first in half of them."""
+    taken = dict.fromkeys(sides, 0.0)
+    for number in range(iterations):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            taken[name] += sides[name].iterate()
+    return taken
 
 
 def figures(measured: list[dict[str, float]]) -> dict[str, Any]:
