@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     prepare_process(1)
-    samples, rounds, names = (256, 2, QUICK_ROWS) if quick else (2048, 5, tuple(ROWS))
+    samples, rounds, names = (256, 2, QUICK_ROWS) if quick else (1024, 5, tuple(ROWS))
     print(
         "| student | calls, teacher + student | inline, s | stored, first epoch, s | stored, later, s | reading, ms",
         end="",
