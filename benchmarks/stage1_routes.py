@@ -1,6 +1,6 @@
 """The two ways to a sketch, by what they cost: stored trajectories against the MeanFlow identity, on digits.
 
-    python -m benchmarks.stage1_routes [--quick] [--seeds 0 1 2]
+    python -m benchmarks.stage1_routes [--quick] [--seeds 0 1 2] [--routes NAME ...]
 
 Both students start from the teacher and are looked at every so many iterations: FID of 2,000 one-step samples against
 the training images. Seconds are of one core's own time, so that other work on the machine does not count; those of the
@@ -38,15 +38,15 @@ Point = tuple[int, float, float]
 OPTIMIZERS = {"student": {"learning_rate": 5e-4, "warmup_moves": 50}}
 ROUTES: dict[str, dict[str, Any]] = {
     "mean_velocity": {"objective": {"name": "mean_velocity", "full_share": 0.5}},
-    "meanflow": {"objective": {"name": "meanflow"}},
-    "meanflow, half t = 1": {"objective": {"name": "meanflow", "equal_share": 0.25, "full_share": 0.5}},
+    "meanflow": {"objective": {"name": "meanflow", "power": 0.5, "equal_share": 0.5, "full_share": 0.25}},
+    "meanflow, exact derivative": {"objective": {"name": "meanflow", "derivative": "exact"}},
 }
 
 
 def recipe(seed: int, steps: int, every: int, samples: int) -> recipes.Recipe:
     """Each route as a stage."""
     probe = {"every": every, "num_samples": min(2000, samples)}
-    common = {"num_steps": steps, "optimizers": OPTIMIZERS, "probe": probe, "ema_decay": 0.98}
+    common: dict[str, Any] = {"num_steps": steps, "optimizers": OPTIMIZERS, "probe": probe, "ema_decay": 0.98}
     stages = {f"route_{number}": {**common, **route} for number, route in enumerate(ROUTES.values())}
     precompute = {"num_samples": samples, "intervals": 12}
     return recipes.from_dict({"name": "routes", "seed": seed, "precompute": precompute, "stages": stages})
@@ -79,14 +79,14 @@ def train(run: Run, name: str) -> Iterator[Point]:
             yield step + 1, seconds, probe.look(trainer.state)["probe/fid"]
 
 
-def measure(seed: int, quick: bool) -> tuple[float, dict[str, list[Point]]]:
+def measure(seed: int, quick: bool, routes: list[str]) -> tuple[float, dict[str, list[Point]]]:
     """Seconds of the trajectories, and every route's points."""
     steps, every, samples = (8, 4, 512) if quick else (1200, 100, 8192)
     with TemporaryDirectory() as folder:
         run = Run(recipe(seed, steps, every, samples), RunDir.create(Path(folder) / "run"), Console(quiet=True))
         run.partial(lambda job: job._write_images())
         precompute = make_trajectories(run)
-        return precompute, {name: list(train(run, f"route_{n}")) for n, name in enumerate(ROUTES)}
+        return precompute, {name: list(train(run, f"route_{list(ROUTES).index(name)}")) for name in routes}
 
 
 def show(results: list[tuple[float, dict[str, list[Point]]]]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def show(results: list[tuple[float, dict[str, list[Point]]]]) -> dict[str, Any]:
     print("| route | iterations | training, s | + trajectories / 1 run | / 5 runs | FID to training images |")
     print("|---" * 6 + "|")
     figures: dict[str, Any] = {"precompute_seconds": round(precompute, 1)}
-    for name in ROUTES:
+    for name in results[0][1]:
         for points in zip(*(routes[name] for _, routes in results), strict=True):
             step, fids = points[0][0], [fid for _, _, fid in points]
             seconds = statistics.mean(second for _, second, _ in points)
@@ -111,10 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--routes", choices=list(ROUTES), nargs="+", default=list(ROUTES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds = options.seeds[:1] if options.quick else options.seeds
-    print(json.dumps(show([measure(seed, options.quick) for seed in seeds])))
+    print(json.dumps(show([measure(seed, options.quick, options.routes) for seed in seeds])))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ class Textbook(MeanFlow):
 
 VARIANTS: dict[str, Objective] = {
     "plain": FlowMatching(label_dropout=0.0),
-    "meanflow": MeanFlow(),
-    "meanflow_differences": MeanFlow(derivative="finite_difference"),
+    "meanflow": MeanFlow(derivative="exact"),
+    "meanflow_differences": MeanFlow(),
     "mean_velocity": MeanVelocity(),
     "textbook": Textbook(),
 }

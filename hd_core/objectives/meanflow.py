@@ -40,10 +40,11 @@ class MeanFlow:
     """Keeps the adaptive weight finite."""
     tangent_warmup_steps: int = 0
     """Steps over which the derivative's weight rises linearly from 0; before its end the target is biased towards v."""
-    derivative: Literal["exact", "finite_difference"] = "exact"
-    """exact: forward-mode differentiation. finite_difference: two more calls instead, for networks without it."""
-    epsilon: float = 5e-3
-    """Step in time of the finite difference."""
+    derivative: Literal["exact", "finite_difference"] = "finite_difference"
+    """finite_difference: two more calls along the flow. exact: forward-mode differentiation, for networks that are
+    smooth in time: it also sees what no step of this size does (docs/decisions/0007-meanflow.md)."""
+    epsilon: float = 0.05
+    """Step in time of the finite difference: small against the flow's own changes, large against the network's."""
     label_dropout: float = 0.0
     """Share of rows that are trained without a class; 0 where the student need not be guided."""
 
