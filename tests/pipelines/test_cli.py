@@ -30,7 +30,7 @@ COMMANDS = {
     "precompute": ON_A_RECIPE,
     "train": ON_A_RECIPE | {"--stage"},
     "evaluate": ON_A_RECIPE,
-    "sample": ON_A_RECIPE | {"--stage", "--num", "--label", "--seed", "--out"},
+    "sample": ON_A_RECIPE | {"--stage", "--num", "--label", "--steps", "--guidance", "--seed", "--out"},
     "report": {"RUN_DIR"},
     "ui": {"--store", "--host", "--port"},
     "recipes": {"NAME"},

@@ -137,7 +137,8 @@ def test_the_manifest_says_what_is_there_and_where_it_came_from(finished: Finish
     assert manifest["complete"] and manifest["rows"] == 64 and manifest["format_version"] == 1
     assert manifest["fingerprint"] == job.trajectories.spec.fingerprint
     assert manifest["solver"] == "dpmpp_3m" and manifest["guidance_scale"] == 1.0
-    assert manifest["grid"] == {"kind": "uniform", "t_max": 1.0, "t_min": 0.0, "rho": 7.0}
+    grid = {"kind": "uniform", "t_max": 1.0, "t_min": 0.0, "rho": 7.0, "betas": [0.00085, 0.012], "knots": []}
+    assert manifest["grid"] == grid and not manifest["afs"] and not manifest["null_share"]
     assert manifest["teacher"] == job.teacher.fingerprint and manifest["times"][0] == 1.0
     assert [shard["rows"] for shard in manifest["shards"]] == [32, 32]
     for shard in manifest["shards"]:
