@@ -20,6 +20,7 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of this name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For several processes: a file's tests stay together, and all that need Ray share one of them, and its cluster."""
     for item in items:
