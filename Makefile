@@ -21,7 +21,7 @@ demo: .venv ## distil the embedded digits teacher and show what was lost
 	$(BIN)/hdistill run digits
 
 test: .venv ## run the whole suite
-	$(BIN)/python -m pytest --durations=15 -n 2 --dist loadgroup
+	$(BIN)/python -m pytest --durations=15
 
 lint: .venv ## check style, types and the import contracts
 	$(BIN)/ruff check .

@@ -20,15 +20,6 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of this name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes: a file's tests stay together, and all that need Ray share one of them, and its cluster."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest group first
-
-
 @pytest.fixture(autouse=True)
 def _strict():  # pyright: ignore[reportUnusedFunction]
     """One thread (the tensors are tiny, the cores shared) and a seed for the networks' initial weights."""
