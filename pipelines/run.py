@@ -57,7 +57,12 @@ class Run:
             raise ValueError(
                 f"the teacher {path} is not trained yet: run `hdistill teacher` with the same recipe first"
             )
-        return load_teacher(self.recipe.teacher).to(default_device())
+        teacher = load_teacher(self.recipe.teacher)
+        if teacher.null_condition is None and set(self.recipe.evaluate.guidance_scales) != {1.0}:
+            raise ValueError(
+                'evaluate.guidance_scales needs a teacher that knows "no class", and this one does not: use [1]'
+            )
+        return teacher.to(default_device())
 
     @cached_property
     def splits(self) -> DataSplits:

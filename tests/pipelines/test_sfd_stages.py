@@ -336,6 +336,12 @@ def test_mistakes_in_a_recipe_are_named(tmp_path: Path, setting: str, message: s
         recipe_with(tmp_path, setting)
 
 
+def test_a_teacher_without_no_class_is_refused_before_anything_is_done(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.run.load_teacher", lambda _: replace(run.teacher, null_condition=None))
+    with pytest.raises(ValueError, match=r'evaluate\.guidance_scales needs a teacher that knows "no class"'):
+        _ = tiny.open_run(run.recipe, run.dir.path).teacher
+
+
 def test_guidance_needs_a_null_condition(run: Run):
     assert run.teacher.null_condition is not None
     with pytest.raises(ValueError, match=r"guidance at scale 2\.0 needs a null condition"):
