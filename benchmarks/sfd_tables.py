@@ -225,7 +225,6 @@ def main() -> None:
     prepare_process()
     console, out = Console(), options.out.resolve()
     prepare(options.data, options.npz)
-    prepare("digits", "")  # the net of the perceptual term
     part = main_table if options.part == "main" else ablation_table
     print(json.dumps({"data": options.data, "seeds": options.seeds, "rows": part(options, out, console)}))
 

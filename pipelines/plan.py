@@ -1,5 +1,6 @@
 """What a run would do: the resolved recipe, what would be reused, and the cost in network calls and bytes."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,8 @@ def calls_per_row(stage: StageConfig) -> int:
     if objective.name == "meanflow":
         return 4 + round(2 * (1 - objective.equal_share))  # the teacher's call, and the derivative where r < t
     if objective.name == "sfd":
-        counts = objective.step_counts or (objective.intervals,)
         taught = 0 if objective.taught_by == "teacher" else objective.start_intervals - objective.start_afs
-        return round(3 * (sum(counts) / len(counts) - objective.afs)) + taught
+        return round(3 * (statistics.mean(objective.counts) - objective.afs)) + taught
     return _calls_of_dmd(objective)
 
 

@@ -26,7 +26,7 @@ from pipelines.artifacts import fingerprint
 from pipelines.data import DataConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.precompute import PrecomputeConfig
-from pipelines.stages import FREE_STAGE_FIELDS, StageConfig, TrainConfig
+from pipelines.stages import FREE_STAGE_FIELDS, StageConfig, TrainConfig, sampling_grid
 from pipelines.teacher_training import TeacherTraining
 from pipelines.teachers import TeacherConfig
 from pipelines.tracking import TrackConfig
@@ -95,13 +95,15 @@ class Recipe:
         if isinstance(stage.objective, SFD):
             self._check_times(name, stage.objective)
             self._check_start(name, stage)
+            for steps in self.evaluate.step_counts if stage.step_counts else ():
+                sampling_grid(name, stage, steps)
 
     def _check_times(self, name: str, objective: SFD) -> None:
         """SFD needs every one of its times to be a point of the trajectory that teaches it."""
         stored = objective.taught_by == "teacher"
         grid, intervals = (self.precompute.grid, self.precompute.intervals) if stored else (objective.grid, None)
         fine = grid.times(intervals or objective.start_intervals)
-        for count in objective.step_counts or (objective.intervals,):
+        for count in objective.counts:
             try:
                 positions(fine, objective.grid.times(count))
             except ValueError as error:
@@ -117,11 +119,12 @@ class Recipe:
         start = self.stages[stage.start].objective if stage.start != TEACHER else None
         if objective.taught_by != "start" or not isinstance(start, SFD):
             return
-        known = start.step_counts or (start.intervals,)
-        if (start.grid, start.afs) != (objective.grid, objective.start_afs) or objective.start_intervals not in known:
+        taught = (start.grid, start.afs) == (objective.grid, objective.start_afs)
+        if not taught or objective.start_intervals not in start.counts:
+            counts = " or ".join(map(str, start.counts))
             raise ValueError(
                 f"stages.{name}.objective: grid, start_afs and start_intervals must be those that {stage.start} was"
-                f" trained with (start_afs {str(start.afs).lower()}, start_intervals {' or '.join(map(str, known))})"
+                f" trained with (start_afs {str(start.afs).lower()}, start_intervals {counts})"
             )
 
     def knows_steps(self, name: str) -> bool:

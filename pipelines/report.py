@@ -31,7 +31,8 @@ _SOLVER_NAMES = {
     "dpmpp_3m": "DPM-Solver++(3M)", "ipndm_2": "iPNDM (2)", "ipndm_3": "iPNDM (3)", "ipndm_4": "iPNDM",
     "flow_map": "flow map",
 }  # fmt: skip
-_GENERATOR_NAMES = {"hd": "HD", "sfd": "SFD", "sfd-v": "SFD-v"}
+_GENERATOR_NAMES = {"hd": "HD", "sfd_v": "SFD-v", "sfd": "SFD"}
+"""By how a label starts, the longer first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +80,16 @@ class Row:
     @property
     def generator_name(self) -> str:
         """The generator as people write it."""
-        first, _, rest = self.generator.replace("sfd_v", "sfd-v").partition("_")
-        name = _GENERATOR_NAMES.get(first, first[:1].upper() + first[1:])
-        guided = f", guided {self.guidance_scale:g}" if self.stage and self.guidance_scale != 1 else ""
-        return f"{name} {rest.replace('_', ' ')}".rstrip() + guided
+        known = next((start for start in _GENERATOR_NAMES if f"{self.generator}_".startswith(f"{start}_")), "")
+        first = known or self.generator.partition("_")[0]
+        name = _GENERATOR_NAMES.get(known, first[:1].upper() + first[1:])
+        rest = self.generator[len(first) :].replace("_", " ").rstrip()
+        return name + rest + (f", guided {self.guidance_scale:g}" if self.guided else "")
+
+    @property
+    def guided(self) -> bool:
+        """Whether a student was sampled with guidance."""
+        return bool(self.stage) and self.guidance_scale != 1
 
     @property
     def solver_name(self) -> str:

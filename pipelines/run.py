@@ -15,9 +15,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from hd_core.guidance import branches
-from hd_core.objectives.sfd import SFD
 from hd_core.objectives.turns import first_step_is_analytical
-from hd_core.types import Grid
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
 from pipelines.cluster import stop_ray
 from pipelines.data import DataSplits, load_images
@@ -31,7 +29,7 @@ from pipelines.progress import bar
 from pipelines.recipe import TEACHER, Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, ShardSetSpec, write_shard
-from pipelines.stages import StageConfig, StageJob, stage_inputs
+from pipelines.stages import StageJob, sampling_grid, stage_inputs
 from pipelines.teachers import Teacher, load_teacher
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
@@ -83,6 +81,12 @@ class Run:
         name = self.recipe.evaluate.second_features
         return self._extractor(name) if name else None
 
+    @cached_property
+    def _perceptual_nets(self) -> dict[str, str]:
+        """Fingerprint of each net of a perceptual distance, by its name: loading one takes seconds, so once a run."""
+        names = {stage.perceptual for stage in self.recipe.stages.values() if stage.perceptual}
+        return {name: load_perceptual(name).fingerprint for name in sorted(names)}
+
     def _extractor(self, name: str) -> Extractor:
         extractor = load_extractor(name)
         extractor.check(self.splits.train.shape)
@@ -122,7 +126,7 @@ class Run:
         if stage.probe.every:
             upstream["probe_features"] = self.extractor.fingerprint
         if stage.perceptual:
-            upstream["perceptual"] = load_perceptual(stage.perceptual).fingerprint
+            upstream["perceptual"] = self._perceptual_nets[stage.perceptual]
         upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{stage.guided(recipe.teacher):g}"}
         return StageJob(
             name=name,
@@ -391,7 +395,7 @@ class Run:
         return rows
 
     def _log_row(self, row: Row) -> None:
-        guided = f"_guided_{row.guidance_scale:g}" if row.stage and row.guidance_scale != 1 else ""
+        guided = f"_guided_{row.guidance_scale:g}" if row.guided else ""
         name = f"{row.stage or row.generator}_{row.solver}{guided}"
         metrics = {f"fid_{row.fid_features}": row.fid, "precision": row.precision, "recall": row.recall}
         if row.second_fid is not None:
@@ -467,22 +471,6 @@ class _Counter:
     def add(self, count: int) -> None:
         self._done += count
         self._show(self._done)
-
-
-def sampling_grid(name: str, stage: StageConfig, steps: int | None = None) -> Grid:
-    """The times at which a stage's student is sampled.
-
-    Raises:
-        ValueError: a number of steps is asked for that its student does not know.
-    """
-    if steps is None:
-        return stage.objective.sampling_grid()
-    if not stage.step_counts or not isinstance(stage.objective, SFD):
-        raise ValueError(f"stage {name} is sampled in its own number of steps only: its student knows no other")
-    least = 1 + stage.objective.afs
-    if steps < least:
-        raise ValueError(f"stage {name} takes at least {least} steps; given {steps}")
-    return stage.objective.grid.times(steps)
 
 
 def _portable(net: str) -> str:

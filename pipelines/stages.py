@@ -13,6 +13,7 @@ from hd_core.objectives.meanflow import MeanFlow
 from hd_core.objectives.sfd import SFD
 from hd_core.random import fold_in
 from hd_core.step import OptimizerConfig
+from hd_core.types import Grid
 from pipelines.artifacts import atomic_path, ensure_same, file_hash, read_json
 from pipelines.shards import ShardSet
 from pipelines.stability import StopConfig
@@ -146,6 +147,22 @@ class StageConfig:
     def needs_images(self) -> bool:
         """Whether its objective or its probes read real images."""
         return "images" in self.objective.needs or self.probe.every > 0
+
+
+def sampling_grid(name: str, stage: StageConfig, steps: int | None = None) -> Grid:
+    """The times at which a stage's student is sampled.
+
+    Raises:
+        ValueError: a number of steps is asked for that its student does not know.
+    """
+    if steps is None:
+        return stage.objective.sampling_grid()
+    if not stage.step_counts or not isinstance(stage.objective, SFD):
+        raise ValueError(f"stage {name} is sampled in its own number of steps only: its student knows no other")
+    least = 1 + stage.objective.afs
+    if steps < least:
+        raise ValueError(f"stage {name} takes at least {least} steps; given {steps}")
+    return stage.objective.grid.times(steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,11 @@ class SFD:
         taught: Need = "trajectories" if self.taught_by == "teacher" else "start"
         return frozenset({taught, "perceptual"} if self.perceptual_weight else {taught})
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of steps that it trains for."""
+        return self.step_counts or (self.intervals,)
+
     def sampling_grid(self) -> Grid:
         return self.grid.times(self.intervals)
 
@@ -98,8 +103,7 @@ class SFD:
 
     def _count(self, draws: Draws) -> int:
         """The number of steps of one iteration, the same on every worker."""
-        counts = self.step_counts or (self.intervals,)
-        return counts[fold_in(draws.seed, "steps") % len(counts)]
+        return self.counts[fold_in(draws.seed, "steps") % len(self.counts)]
 
     def _targets(self, cast: Cast, batch: Batch, grid: Grid) -> list[Images]:
         """The trajectory to follow at the times of a grid, from the batch's noise."""

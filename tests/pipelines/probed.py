@@ -6,7 +6,6 @@ from typing import Any
 
 from pipelines.run import Run
 from pipelines.stages import Curve, StageJob
-from pipelines.trainer import Group, StageTrainer, Watch
 from tests.pipelines import tiny
 
 RECIPE = """\
@@ -53,15 +52,8 @@ def make_home(folder: Path) -> Home:
     return Home(tiny.prepared_run(folder, RECIPE), folder)
 
 
-def trainer_of(job: StageJob, watch: Watch | None = None) -> StageTrainer:
-    trainer = StageTrainer(job, Group(), watch or Watch())
-    trainer.restore()
-    return trainer
-
-
 def trained(job: StageJob) -> StageJob:
-    trainer_of(job).run()
-    assert job.finished()
+    tiny.trained(job)
     return job
 
 

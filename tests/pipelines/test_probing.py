@@ -29,7 +29,8 @@ from pipelines.probing import Probe, save_looks
 from pipelines.stages import Curve, ProbeConfig, StageJob
 from pipelines.trainer import Group, StageTrainer, Watch
 from tests.oracles import GaussianFlow
-from tests.pipelines.probed import Home, make_home, points, trained, trainer_of
+from tests.pipelines.probed import Home, make_home, points, trained
+from tests.pipelines.tiny import trainer_of
 from tests.toys import Follower, Generator, cast_with
 
 

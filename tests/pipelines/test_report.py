@@ -576,7 +576,16 @@ def test_a_row_without_the_second_fid_has_a_dash() -> None:
 
 
 def test_names_as_people_write_them() -> None:
-    names = {"teacher": "Teacher", "hd": "HD", "sfd": "SFD", "sfd_one_step": "SFD one step", "my_run": "My run", "": ""}
+    names = {
+        "teacher": "Teacher",
+        "hd": "HD",
+        "sfd": "SFD",
+        "sfd_one_step": "SFD one step",
+        "sfd_v": "SFD-v",
+        "sfd_value": "SFD value",
+        "my_run": "My run",
+        "": "",
+    }
     for generator, name in names.items():
         assert dataclasses.replace(make_rows()[0], generator=generator).generator_name == name
     assert [make_rows()[place].label for place in (0, 5, 7)] == [

@@ -328,6 +328,7 @@ def test_noise_does_not_depend_on_what_is_asked_of_it():
         ("evaluate.guidance_scales=[1,1]", r"guidance_scales: each once, and none below 0; given \[1.0, 1.0\]"),
         ("evaluate.guidance_scales=[]", "guidance_scales must hold at least one"),
         ("evaluate.step_counts=[0]", "step_counts none below 1"),
+        ("evaluate.step_counts=[1]", "stage any takes at least 2 steps; given 1"),
         ("precompute.null_share=1.5", r"null_share must lie in \[0, 1\]; given 1.5"),
     ],
 )
