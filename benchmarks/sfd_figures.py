@@ -49,7 +49,7 @@ def draw_seconds(figures: Figures, path: Path) -> None:
     families: dict[str, list[tuple[int, float, float]]] = {}
     for name, points in _lines(figures).items():
         if not name.startswith("teacher"):
-            family = families.setdefault(re.sub(r"[_,]? ?\d$", "", name), [])
+            family = families.setdefault(re.sub(r"[_,]? ?\d(?= \+ |$)", "", name), [])
             family += [(calls, p["seconds"], p["fid"]) for calls, p in points.items()]
     for place, (name, found) in enumerate(families.items()):
         calls, seconds, fids = zip(*found, strict=True)
