@@ -1,102 +1,78 @@
 """Real images: what the discriminator sees and what samples are measured against.
 
-Every kind of data ends as two sets of uint8 images in memory: ``train``, and ``reference``, which is held out. No
-teacher or student that is trained here ever sees the reference; statistics are taken from it alone.
+Every kind of data ends as two sets of uint8 images: ``train``, and ``reference``, which is held out. No teacher or
+student that is trained here ever sees the reference; statistics are taken from it alone. Sets are kept in memory, or,
+where they outgrow it, decoded as they are needed.
 """
 
 import hashlib
+import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Float, Int64
+from PIL import Image
 from torch import Tensor
+
+from pipelines.data_config import DataConfig as DataConfig
+from pipelines.huggingface_source import HuggingFaceSource, reference_source
+from pipelines.lazy import LazyPixels as LazyPixels
+from pipelines.lazy import Reasons, first_shape, read_all
+from pipelines.parquet_source import ParquetSource
+from pipelines.pictures import MODES, Pixels, Skipped, padded, resized
+from pipelines.sources import FolderSource, Source
+from pipelines.tar_source import TarSource
 
 MAX_BYTES = 4 * 2**30
 """Largest set of images that is read into memory."""
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SMALLER = "give a smaller image_size or fewer images"
 _NPZ_KEYS = ("x", "images", "x_train", "y", "labels", "y_train", "x_test", "y_test")
-_MODES = {1: "L", 3: "RGB"}
-_TOO_DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to 8 bits instead of scaling them
+_SOURCES = {
+    "folder": FolderSource,
+    "parquet": ParquetSource,
+    "webdataset": TarSource,
+    "huggingface": HuggingFaceSource,
+}
 
-Pixels = UInt8[np.ndarray, "n h w c"]
-_Data = tuple[Pixels, Int64[np.ndarray, " n"] | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where real images come from, and how they are split."""
-
-    kind: Literal["digits", "npz", "folder"] = "digits"
-    """digits: scikit-learn's 8x8 digits. npz: one NumPy archive. folder: pictures, one sub-folder a class."""
-    path: str = ""
-    """The .npz file or the folder; digits need none."""
-    image_size: int = 0
-    """Side to which images are brought, by ``fit``; 0 leaves them as they are."""
-    fit: Literal["resize", "pad"] = "resize"
-    """resize: centre-crop to a square, then resize. pad: centre on black; no pixel changes, no image may be larger."""
-    channels: Literal[0, 1, 3] = 0
-    """1: grey. 3: colour. 0: as they are (pictures of a folder are read in colour)."""
-    held_out: int | float = 600
-    """Reference images: a number, or a share between 0 and 1; unused where an npz brings its own x_test."""
-    split_seed: int = 0
-    """Seed of the permutation whose last ``held_out`` images are the reference."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("digits", "npz", "folder"):
-            raise ValueError(f"kind of data must be digits, npz or folder; given {self.kind!r}")
-        if self.kind != "digits" and not self.path:
-            raise ValueError(f"data of kind {self.kind} needs a path; none was given")
-        if self.kind == "digits" and self.path:
-            raise ValueError(f"data of kind digits has no path; given {self.path!r}")
-        if self.image_size < 0:
-            raise ValueError(f"image_size must be 0 (as it is) or a number of pixels; given {self.image_size}")
-        if self.fit not in ("resize", "pad"):
-            raise ValueError(f"fit must be resize or pad; given {self.fit!r}")
-        if self.fit == "pad" and not self.image_size:
-            raise ValueError("fit pad needs an image_size to pad to; given 0")
-        if self.channels not in (0, 1, 3):
-            raise ValueError(f"channels must be 1, 3 or 0 (as they are); given {self.channels}")
-        if not self._held_out_is_sound():
-            raise ValueError(f"held_out must be a number of images or a share between 0 and 1; given {self.held_out}")
-        if not 0 <= self.split_seed < 2**32:
-            raise ValueError(f"split_seed must be in [0, 2^32); given {self.split_seed}")
-
-    def _held_out_is_sound(self) -> bool:
-        return self.held_out >= 1 if isinstance(self.held_out, int) else 0 < self.held_out < 1
-
-    def held_out_of(self, total: int) -> int:
-        """How many of ``total`` images are the reference; ValueError where nothing is left to train on."""
-        count = self.held_out if isinstance(self.held_out, int) else round(self.held_out * total)
-        if not 0 < count < total:
-            raise ValueError(f"held_out {self.held_out} of {total} images leaves too few to train on or to measure by")
-        return count
+Value = TypeVar("Value")
+_Classes = Int64[np.ndarray, " n"] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
     """Images with their classes."""
 
-    images: Pixels
-    """Pixels, rows first, channels last."""
+    images: Pixels | LazyPixels
+    """Pixels, rows first, channels last; decoded as they are needed where a set outgrows memory."""
     labels: Int64[np.ndarray, " n"]
     """Class of each image; zeros where there are no classes."""
     num_classes: int
     """Number of classes; 0 where there are none."""
+    captions: tuple[str, ...] | None = None
+    """Caption of each image; ``None`` where there are none."""
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+        if self.images.dtype != np.uint8 or len(self.images.shape) != 4:
             raise ValueError(f"images must be uint8 (n, h, w, c); given {_described(self.images)}")
         if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels must be int64 ({len(self.images)},); given {_described(self.labels)}")
+        if self.captions is not None and len(self.captions) != len(self.images):
+            raise ValueError(f"captions must be one for each of {len(self.images)} images; given {len(self.captions)}")
+
+    def in_memory(self) -> Pixels:
+        """All pixels as one array. ValueError where the set outgrows memory."""
+        if isinstance(self.images, LazyPixels):
+            given = f"{self.images.nbytes / 2**30:.1f} GiB of pixels, read from disk as they are needed"
+            raise ValueError(f"this needs all images in memory, and they are {given}: give it fewer or smaller ones")
+        return self.images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,16 +93,39 @@ class DataSplits:
     reference: ImageSet
     """Held out: only statistics are taken from it."""
     fingerprint: str
-    """sha256 of both sets' pixels, classes and shapes."""
+    """sha256 of both sets' pixels, classes, captions and shapes; of sets too large for memory, in place of pixels: the
+    names and byte sizes of the encoded pictures, with image_size, fit and channels."""
+    skipped: tuple[Skipped, ...] = ()
+    """Pictures that were left out because they are bad, in the order of the data."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """Images in the order of the data, with what they bring."""
+
+    images: Pixels | LazyPixels
+    labels: _Classes = None
+    captions: list[str] | None = None
+
+    def taken(self, rows: np.ndarray) -> "_Part":
+        return _Part(
+            images=self.images.taken(rows) if isinstance(self.images, LazyPixels) else self.images[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            captions=None if self.captions is None else [self.captions[row] for row in rows.tolist()],
+        )
+
+
+_Loaded = tuple[tuple[_Part, _Part], tuple[Skipped, ...]]
 
 
 def load_images(config: DataConfig) -> DataSplits:
-    """Read and split the images. ValueError says what is wrong with them, and where."""
-    train, reference = {"digits": _digits, "npz": _npz, "folder": _folder}[config.kind](config)
-    labels = [part[1] for part in (train, reference) if part[1] is not None]
+    """Read and split the images; bad pictures are skipped, and listed. ValueError says what is wrong, and where."""
+    load = {"digits": _digits, "npz": _npz}.get(config.kind, _encoded)
+    parts, skipped = load(config)
+    labels = [part.labels for part in parts if part.labels is not None]
     num_classes = 1 + max(int(part.max()) for part in labels) if labels else 0
-    splits = [_image_set(*part, num_classes) for part in (train, reference)]
-    return DataSplits(train=splits[0], reference=splits[1], fingerprint=_fingerprint(splits))
+    splits = [_image_set(part, num_classes) for part in parts]
+    return DataSplits(train=splits[0], reference=splits[1], fingerprint=_fingerprint(splits), skipped=skipped)
 
 
 def to_model(images: Pixels) -> Float[Tensor, "n c h w"]:
@@ -140,46 +139,50 @@ def to_uint8(images: Float[Tensor, "n c h w"]) -> Pixels:
     return levels.permute(0, 2, 3, 1).to(torch.uint8).contiguous().cpu().numpy()
 
 
-def _digits(config: DataConfig) -> tuple[_Data, _Data]:
+def _digits(config: DataConfig) -> _Loaded:
     """1,797 digits of 8x8 pixels and 17 levels; train is what comes before the last ``held_out`` of a permutation."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return _split(_fitted(images, config), digits.target.astype(np.int64), config)
+    return _split(_Part(images=_fitted(images, config), labels=digits.target.astype(np.int64)), config), ()
 
 
-def _split(images: Pixels, labels: Int64[np.ndarray, " n"] | None, config: DataConfig) -> tuple[_Data, _Data]:
-    held_out = config.held_out_of(len(images))
-    order = np.random.RandomState(config.split_seed).permutation(len(images))
-    train, reference = order[:-held_out], order[-held_out:]
-    return (images[train], _taken(labels, train)), (images[reference], _taken(labels, reference))
+def _split(part: _Part, config: DataConfig) -> tuple[_Part, _Part]:
+    held_out = config.held_out_of(len(part.images))
+    order = np.random.RandomState(config.split_seed).permutation(len(part.images))
+    return part.taken(order[:-held_out]), part.taken(order[-held_out:])
 
 
-def _taken(labels: Int64[np.ndarray, " n"] | None, rows: np.ndarray) -> Int64[np.ndarray, " k"] | None:
-    return None if labels is None else labels[rows]
-
-
-def _npz(config: DataConfig) -> tuple[_Data, _Data]:
+def _npz(config: DataConfig) -> _Loaded:
     """x (or images, x_train) and y (or labels, y_train); x_test and y_test are the reference where they are present."""
     path = Path(config.path).expanduser()
     arrays = _arrays(path)
-    train = _npz_part(arrays, ("x", "images", "x_train"), ("y", "labels", "y_train"), path)
-    images = _fitted(train[0], config)
+    images, labels = _npz_part(arrays, ("x", "images", "x_train"), ("y", "labels", "y_train"), path)
+    train = _Part(images=_fitted(images, config), labels=labels)
     if "x_test" not in arrays:
-        return _split(images, train[1], config)
-    test = _npz_part(arrays, ("x_test",), ("y_test",), path)
-    if (train[1] is None) != (test[1] is None):
-        raise ValueError(f"{path} has classes for only one of its two sets of images; give both or neither")
-    if train[0].shape[1:] != test[0].shape[1:] and not (config.image_size and config.channels):
-        raise ValueError(f"{path}: x_test is {_described(test[0])}, the images to train on {_described(train[0])}")
-    return (images, train[1]), (_fitted(test[0], config), test[1])
+        return _split(train, config), ()
+    test_images, test_labels = _npz_part(arrays, ("x_test",), ("y_test",), path)
+    if images.shape[1:] != test_images.shape[1:] and not (config.image_size and config.channels):
+        raise ValueError(f"{path}: x_test is {_described(test_images)}, the images to train on {_described(images)}")
+    test = _Part(images=_fitted(test_images, config), labels=test_labels)
+    _refuse_one_sided(train, test, str(path))
+    return (train, test), ()
+
+
+def _refuse_one_sided(train: _Part, reference: _Part, where: str) -> None:
+    for what, ours, theirs in (
+        ("classes", train.labels, reference.labels),
+        ("captions", train.captions, reference.captions),
+    ):
+        if (ours is None) != (theirs is None):
+            raise ValueError(f"{where} has {what} for only one of its two sets of images; give both or neither")
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"no npz file at {path}")
-    _refuse_large(_npz_bytes(path), path)
+    _refuse_large(_npz_bytes(path), path, _SMALLER)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: np.asarray(file[key]) for key in _NPZ_KEYS if key in file.files}
@@ -198,7 +201,9 @@ def _npz_bytes(path: Path) -> int:
         raise ValueError(f"{path} is not a readable npz file: {error}") from error
 
 
-def _npz_part(arrays: dict[str, np.ndarray], images: tuple[str, ...], labels: tuple[str, ...], path: Path) -> _Data:
+def _npz_part(
+    arrays: dict[str, np.ndarray], images: tuple[str, ...], labels: tuple[str, ...], path: Path
+) -> tuple[Pixels, _Classes]:
     """The images and classes under the first key that is present of each."""
     image_key = next((key for key in images if key in arrays), None)
     if image_key is None:
@@ -217,75 +222,59 @@ def _classes(labels: np.ndarray, rows: int, where: str) -> Int64[np.ndarray, " n
         raise ValueError(f"{where} is {_described(labels)}; it must be one whole number for each of {rows} images")
     if rows and int(labels.min()) < 0:
         raise ValueError(f"{where} holds {int(labels.min())}; classes count from 0")
+    if rows and int(labels.max()) >= 2**31:
+        raise ValueError(f"{where} holds {int(labels.max())}; classes count from 0 without large gaps")
     return labels.reshape(rows).astype(np.int64)
 
 
-def _folder(config: DataConfig) -> tuple[_Data, _Data]:
-    """Pictures in the order of their paths; the first folder below the root is the class, in alphabetical order."""
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"no folder of pictures at {root}")
-    files = _pictures(root)
-    if not files:
-        raise ValueError(f"{root} holds no pictures ({' '.join(_SUFFIXES)})")
-    config.held_out_of(len(files))
-    first = _read(files[0], config)
-    _refuse_large(first.nbytes * len(files), root)
-    images = np.empty((len(files), *first.shape), np.uint8)
-    for index, file in enumerate(files):
-        images[index] = _same_shape(_read(file, config), first, file, files[0])
-    return _split(images, _folder_classes(files, root), config)
+def _encoded(config: DataConfig) -> _Loaded:
+    """Pictures of a source, or of two where the data bring their own reference; the bad ones are left out."""
+    sources: list[Source] = [_SOURCES[config.kind](config)]
+    if config.reference_split:
+        sources.append(reference_source(config))
+    else:
+        config.held_out_of(len(sources[0]))
+    read = _read(sources, config)
+    parts = [_described_part(source, images, bad) for source, (images, bad) in zip(sources, read, strict=True)]
+    skipped = tuple(
+        Skipped(name=source.names[row], reason=reason)
+        for source, (_, bad) in zip(sources, read, strict=True)
+        for row, reason in bad.items()
+    )
+    if len(parts) == 1:
+        return _split(parts[0], config), skipped
+    train, reference = parts
+    _refuse_one_sided(train, reference, config.path)
+    return (train, reference), skipped
 
 
-def _pictures(root: Path) -> list[Path]:
-    found = (file for file in root.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
-    shown = (file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts))
-    return sorted(shown, key=lambda file: file.relative_to(root).as_posix())
+def _read(sources: list[Source], config: DataConfig) -> list[tuple[Pixels | LazyPixels, Reasons]]:
+    """The good pictures of each source, decoded if all fit into memory, and why the others are bad."""
+    shape, first = first_shape(sources[0], config)
+    num_bytes = sum(len(source) for source in sources) * math.prod(shape)
+    if num_bytes <= MAX_BYTES:
+        return [read_all(source, config, shape, first) for source in sources]
+    if not config.image_size:
+        _refuse_large(num_bytes, config.path, "give an image_size, with which they are read as they are needed")
+    return [LazyPixels.of(source, config, shape) for source in sources]
 
 
-def _folder_classes(files: list[Path], root: Path) -> Int64[np.ndarray, " n"] | None:
-    parts = [file.relative_to(root).parts for file in files]
-    loose = [part[0] for part in parts if len(part) == 1]
-    if len(loose) == len(files):
-        return None
-    if loose:
-        raise ValueError(f"{root} holds pictures ({loose[0]}, ...) beside class folders; put every one into a folder")
-    names = sorted({part[0] for part in parts})
-    return np.array([names.index(part[0]) for part in parts], np.int64)
+def _described_part(source: Source, images: Pixels | LazyPixels, bad: Reasons) -> _Part:
+    good = [row for row in range(len(source)) if row not in bad]
+    labels = _complete(source.labels, source, good, "class")
+    captions = _complete(source.captions, source, good, "caption")
+    classes = None if labels is None else _classes(np.array(labels), len(good), f"{source.where}: class")
+    return _Part(images=images, labels=classes, captions=captions)
 
 
-def _read(file: Path, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
-    """One picture, turned upright as its EXIF says, in the channels and at the size that are asked for."""
-    try:
-        with Image.open(file) as opened:
-            if opened.mode in _TOO_DEEP:
-                raise ValueError(f"it has more than 8 bits a channel (mode {opened.mode})")
-            picture = ImageOps.exif_transpose(opened).convert(_MODES[config.channels or 3])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {file}: {error}") from error
-    if config.fit == "resize":
-        return _resized(picture, config.image_size)
-    try:
-        return _padded(np.atleast_3d(np.asarray(picture))[None], config.image_size)[0]
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def _resized(picture: Image.Image, size: int) -> UInt8[np.ndarray, "h w c"]:
-    """Crop to the central square and resize with Pillow's antialiased bicubic filter; size 0 changes nothing."""
-    if size and picture.size != (size, size):
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.crop((left, top, left + side, top + side))  # resize(box=...) would look beyond the edges
-        picture = square.resize((size, size), Image.Resampling.BICUBIC)
-    return np.atleast_3d(np.asarray(picture))
-
-
-def _same_shape(image: np.ndarray, first: np.ndarray, file: Path, first_file: Path) -> np.ndarray:
-    if image.shape != first.shape:
-        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, first)]
-        raise ValueError(f"{file} is {sizes[0]} and {first_file} is {sizes[1]}: mixed sizes need an image_size")
-    return image
+def _complete(values: Sequence[Value | None] | None, source: Source, rows: list[int], what: str) -> list[Value] | None:
+    """The values of some pictures, ``None`` where none of them has one."""
+    taken = [] if values is None else [values[row] for row in rows]
+    present = [value for value in taken if value is not None]
+    if present and len(present) < len(taken):
+        without = source.name(rows[taken.index(None)])
+        raise ValueError(f"{without} has no {what}, and others have one: every picture needs one, or none")
+    return present or None
 
 
 def _fitted(images: Pixels, config: DataConfig) -> Pixels:
@@ -293,52 +282,47 @@ def _fitted(images: Pixels, config: DataConfig) -> Pixels:
     channels, size = config.channels or images.shape[3], config.image_size
     if channels == images.shape[3] and (not size or images.shape[1:3] == (size, size)):
         return images
-    _refuse_large(len(images) * channels * (size**2 or math.prod(images.shape[1:3])), Path(config.path))
+    _refuse_large(len(images) * channels * (size**2 or math.prod(images.shape[1:3])), config.path, _SMALLER)
     if config.fit == "pad":
-        return _padded(_in_channels(images, channels), size)
-    return np.stack([_resized(picture.convert(_MODES[channels]), size) for picture in _as_pictures(images)])
+        return padded(_in_channels(images, channels), size)
+    return np.stack([resized(picture.convert(MODES[channels]), size) for picture in _as_pictures(images)])
 
 
 def _in_channels(images: Pixels, channels: int) -> Pixels:
     if channels == images.shape[3]:
         return images
-    return np.stack([np.atleast_3d(np.asarray(picture.convert(_MODES[channels]))) for picture in _as_pictures(images)])
+    return np.stack([np.atleast_3d(np.asarray(picture.convert(MODES[channels]))) for picture in _as_pictures(images)])
 
 
 def _as_pictures(images: Pixels) -> Iterator[Image.Image]:
     return (Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images)
 
 
-def _padded(images: Pixels, size: int) -> Pixels:
-    """Centred on black; where the border is odd, the wider part is right and below."""
-    height, width = images.shape[1:3]
-    if max(height, width) > size:
-        raise ValueError(f"images of {width}x{height} do not fit into image_size {size}: fit pad does not shrink them")
-    top, left = (size - height) // 2, (size - width) // 2
-    padded = np.zeros((len(images), size, size, images.shape[3]), np.uint8)
-    padded[:, top : top + height, left : left + width] = images
-    return padded
-
-
-def _refuse_large(num_bytes: int, path: Path) -> None:
+def _refuse_large(num_bytes: int, path: Path | str, remedy: str) -> None:
     if num_bytes > MAX_BYTES:
         limits = f"{num_bytes / 2**30:.1f} GiB of pixels; images are kept in memory, up to {MAX_BYTES / 2**30:.0f} GiB"
-        raise ValueError(f"{path} holds {limits}: give a smaller image_size or fewer images")
+        raise ValueError(f"{path} holds {limits}: {remedy}")
 
 
-def _described(array: np.ndarray) -> str:
+def _described(array: np.ndarray | LazyPixels) -> str:
     return f"{array.dtype} {array.shape}"
 
 
-def _image_set(images: Pixels, labels: Int64[np.ndarray, " n"] | None, num_classes: int) -> ImageSet:
-    zeros = np.zeros(len(images), np.int64)
-    return ImageSet(images=images, labels=zeros if labels is None else labels, num_classes=num_classes)
+def _image_set(part: _Part, num_classes: int) -> ImageSet:
+    labels = np.zeros(len(part.images), np.int64) if part.labels is None else part.labels
+    captions = None if part.captions is None else tuple(part.captions)
+    return ImageSet(images=part.images, labels=labels, num_classes=num_classes, captions=captions)
 
 
 def _fingerprint(splits: Iterable[ImageSet]) -> str:
     digest = hashlib.sha256()
     for part in splits:
         digest.update(f"{part.images.shape} {part.num_classes}\n".encode())
-        digest.update(np.ascontiguousarray(part.images).data)
+        if isinstance(part.images, LazyPixels):
+            digest.update(part.images.identity())
+        else:
+            digest.update(np.ascontiguousarray(part.images).data)
         digest.update(np.ascontiguousarray(part.labels, dtype="<i8").data)
+        if part.captions is not None:
+            digest.update(json.dumps(part.captions).encode())
     return digest.hexdigest()

@@ -60,7 +60,7 @@ def fit(
         torch.manual_seed(fold_in(seed, "features", "init"))
         net = make()
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)
-    pixels, labels = torch.from_numpy(images.images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(images.labels)
+    pixels, labels = torch.from_numpy(images.in_memory().transpose(0, 3, 1, 2).copy()), torch.from_numpy(images.labels)
     rows, steps = slice(0, config.batch_size), config.num_steps
     for step in range(steps):
         draws = Draws(seed=fold_in(seed, "features", step), rows=rows, total=config.batch_size)
@@ -103,7 +103,7 @@ def reconstruction_error(net: FeatureNet, images: ImageSet) -> float:
     """Root mean square difference, in [-1, 1], between images and what is rebuilt from their features."""
     with torch.no_grad():
         squares = [(net.rebuilt(_in_colour(batch)) - (batch / 127.5 - 1)).square() for batch in _batches(images)]
-    return math.sqrt(sum(float(part.double().sum()) for part in squares) / images.images.size)
+    return math.sqrt(sum(float(part.double().sum()) for part in squares) / images.in_memory().size)
 
 
 def network(images: ImageSet, task: FeatureTask) -> FeatureNetConfig:
@@ -187,7 +187,7 @@ def _in_colour(images: Float[Tensor, "b c s s"]) -> Float[Tensor, "b 3 s s"]:
 
 
 def _batches(images: ImageSet) -> Iterator[Float[Tensor, "b c s s"]]:
-    pixels = torch.from_numpy(images.images.transpose(0, 3, 1, 2).copy())
+    pixels = torch.from_numpy(images.in_memory().transpose(0, 3, 1, 2).copy())
     return (batch.float() for batch in pixels.split(_AT_ONCE))
 
 

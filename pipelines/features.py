@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.artifacts import file_hash
+from pipelines.lazy import LazyPixels
 from pipelines.model_files import read_object
 from pipelines.torchvision_ops import declare_missing_operators
 
@@ -208,7 +209,7 @@ class Extractor:
                 f" {shape}: train one on them with `hdistill features`"
             )
 
-    def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
+    def __call__(self, images: UInt8[np.ndarray | LazyPixels, "n h w c"]) -> Float[np.ndarray, "n d"]:
         """Features of images, grey or in colour, of as many at once as memory bears."""
         _, height, width, channels = images.shape
         self.check((channels, height, width))

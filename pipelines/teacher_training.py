@@ -145,7 +145,7 @@ def train(
         remedy = f"Name another teacher.path, or remove {checkpoints} to begin anew"
         load_latest(checkpoints, state, inputs or {}, remedy)
     cast = _cast(state.players["student"].network)
-    values, labels = to_model(images.images), torch.from_numpy(images.labels)
+    values, labels = to_model(images.in_memory()), torch.from_numpy(images.labels)
     while state.step < config.num_steps:
         draws = Draws(
             seed=fold_in(seed, "teacher", state.step),

@@ -24,7 +24,7 @@ ASSETS_BYTES_MAX = 6_000_000
 
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
-OPTIONAL = [Requirement(line) for line in PROJECT["optional-dependencies"]["lpips"]]
+OPTIONAL = [Requirement(line) for extra in ("datasets", "lpips") for line in PROJECT["optional-dependencies"][extra]]
 
 
 def has_lower_bound(requirement: Requirement) -> bool:
