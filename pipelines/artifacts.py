@@ -190,6 +190,16 @@ class RunDir:
         return self.path / "images"
 
     @property
+    def latents(self) -> Path:
+        """Real training images as the teacher's latents: shards and manifest."""
+        return self.path / "latents"
+
+    @property
+    def prompts(self) -> Path:
+        """Text embeddings of the run's prompts: shards and manifest."""
+        return self.path / "prompts"
+
+    @property
     def evaluation(self) -> Path:
         """Figures of each generator, and the pictures of its first samples."""
         return self.path / "evaluate"
@@ -197,7 +207,8 @@ class RunDir:
     @property
     def holds_results(self) -> bool:
         """Whether anything was computed here that another recipe would clash with."""
-        return any(part.is_dir() for part in (self.trajectories, self.images, self.path / "stages", self.evaluation))
+        made = (self.prompts, self.trajectories, self.images, self.latents, self.path / "stages", self.evaluation)
+        return any(part.is_dir() for part in made)
 
     def stage(self, name: str) -> Path:
         """Checkpoints, curve and final weights of one stage."""

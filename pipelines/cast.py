@@ -15,11 +15,11 @@ from hd_core.networks.student import FlowMapStudent
 from hd_core.objectives.turns import Cast, PlayerName
 from hd_core.random import fold_in
 from hd_core.step import Player, TrainState
+from pipelines.adapters import adapted
 from pipelines.checkpoints import load_weights
 from pipelines.perceptual import load_perceptual
-from pipelines.stages import StageJob
+from pipelines.stages import StageJob, TuningConfig
 from pipelines.teachers import Teacher
-from pipelines.torchvision_ops import declare_missing_operators
 
 
 def build(
@@ -44,8 +44,10 @@ def build(
         networks["discriminator"], features = _discriminator(job, teacher)
     for network in networks.values():
         network.to(teacher.device)
-    optimizers = {name: getattr(stage.optimizers, name) for name in networks}
     average = frozen_copy(student)
+    if job.train.gradient_checkpointing:
+        _checkpoint(student.backbone, *([networks["fake_score"]] if "fake_score" in networks else []))
+    optimizers = {name: getattr(stage.optimizers, name) for name in networks}
     state = TrainState(
         players={name: Player(network=network, config=optimizers[name]) for name, network in networks.items()},
         average=average,
@@ -72,12 +74,13 @@ def _student(job: StageJob, teacher: Teacher) -> FlowMapStudent:
             load_weights(Path(job.start_weights), student)
         if job.stage.step_counts and not job.start_knows_steps:
             student.learn_steps(job.stage.step_embedding)
+        student.backbone = _moving(student.backbone, job.stage.student)
     return student
 
 
 def new_student(teacher: Teacher, *, knows_steps: bool = False) -> FlowMapStudent:
     """A student that is its teacher, with the embeddings that weights to be loaded have."""
-    student = FlowMapStudent(_unfrozen(teacher.backbone))
+    student = FlowMapStudent(copy.deepcopy(teacher.backbone).requires_grad_(True))
     if knows_steps:
         student.learn_steps("zero")
     return student
@@ -88,22 +91,16 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-def _unfrozen(backbone: nn.Module) -> nn.Module:
-    return copy.deepcopy(backbone).requires_grad_(True)
-
-
 def _fake_score(job: StageJob, teacher: Teacher) -> nn.Module:
-    config = job.stage.fake_score
-    if config.kind == "full":
-        return _unfrozen(teacher.backbone)
-    declare_missing_operators()  # peft imports transformers, and that torchvision
-    from peft import LoraConfig, inject_adapter_in_model
-
-    backbone = copy.deepcopy(teacher.backbone)
-    linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    adapters = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=linears)  # pyright: ignore[reportArgumentType]
     with _seeded(job, "fake_score"):
-        return inject_adapter_in_model(adapters, backbone)
+        return _moving(copy.deepcopy(teacher.backbone), job.stage.fake_score)
+
+
+def _moving(backbone: nn.Module, config: TuningConfig) -> nn.Module:
+    """A network of which all moves, or adapters alone."""
+    if config.kind == "full":
+        return backbone.requires_grad_(True)
+    return adapted(backbone, config.rank, config.alpha)
 
 
 def _discriminator(job: StageJob, teacher: Teacher) -> tuple[nn.Module, FeatureTaps]:
@@ -112,6 +109,11 @@ def _discriminator(job: StageJob, teacher: Teacher) -> tuple[nn.Module, FeatureT
     widths = [teacher.feature_widths[layer] for layer in layers]
     with _seeded(job, "discriminator"):
         return AdaptiveWeightedDiscriminator(widths, job.stage.discriminator), taps
+
+
+def _checkpoint(*backbones: Any) -> None:
+    for backbone in backbones:
+        backbone.checkpoint_blocks()
 
 
 @contextmanager

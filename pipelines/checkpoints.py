@@ -5,7 +5,7 @@ state to keep: every random number is a function of the seed and the step.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hd_core.step import TrainState
+from pipelines.adapters import merged
 from pipelines.artifacts import OTHER_RUN_DIR, Inputs, atomic_path, ensure_same, file_hash, read_json, write_json
 
 _KEEP = 2
 
 
 def save_weights(path: Path, network: nn.Module) -> str:
-    """Write a network's weights; returns the file's hash."""
+    """Write a network's weights, adapters folded into them; returns the file's hash."""
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, temporary)
+        save_file({k: v.detach().cpu().contiguous() for k, v in merged(network).state_dict().items()}, temporary)
     return file_hash(path)
 
 
@@ -86,24 +87,30 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def _flatten(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = _prefixed("average", state.average.state_dict())
+    frozen = _frozen(state.players["student"].network)  # of the average all is, but what follows the student moves
+    tensors = _prefixed("average", state.average.state_dict(), frozen)
     moves: dict[str, int] = {}
     for name, player in state.players.items():
-        tensors |= _prefixed(f"{name}/network", player.network.state_dict())
+        tensors |= _prefixed(f"{name}/network", player.network.state_dict(), _frozen(player.network))
         for index, slot in player.optimizer.state_dict()["state"].items():
             tensors |= _prefixed(f"{name}/optimizer/{index}", slot)
         moves[name] = player.moves
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, {"moves": moves}
 
 
-def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
+def _prefixed(prefix: str, values: Mapping[str, Tensor], left_out: Collection[str] = ()) -> dict[str, Tensor]:
+    return {f"{prefix}/{key}": value for key, value in values.items() if key not in left_out}
+
+
+def _frozen(network: nn.Module) -> set[str]:
+    """Names of parameters that never move: they are what the network was built from, and are not stored."""
+    return {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
 
 
 def _restore(state: TrainState, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    state.average.load_state_dict(_under("average", tensors))
+    _load(state.average, _under("average", tensors), _frozen(state.players["student"].network))
     for name, player in state.players.items():
-        player.network.load_state_dict(_under(f"{name}/network", tensors))
+        _load(player.network, _under(f"{name}/network", tensors), _frozen(player.network))
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in _under(f"{name}/optimizer", tensors).items():
             index, entry = key.split("/")
@@ -112,6 +119,11 @@ def _restore(state: TrainState, tensors: Mapping[str, Tensor], about: Mapping[st
         player.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         player.moves = about["moves"][name]
     state.step = about["step"]
+
+
+def _load(network: nn.Module, tensors: Mapping[str, Tensor], frozen: Collection[str]) -> None:
+    found = network.load_state_dict(tensors, strict=False)
+    assert not found.unexpected_keys and set(found.missing_keys) == set(frozen), found
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

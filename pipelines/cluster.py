@@ -49,6 +49,12 @@ def ensure_ray(*, reserved_cpus: float, reserved_gpus: float = 0) -> None:
         )
 
 
+def is_running() -> bool:
+    """Whether this process has started or joined a cluster; Ray is not imported to find out."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def stop_ray() -> None:
     """Give the cores back, if this process started or joined a cluster."""
     import ray

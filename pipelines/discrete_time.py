@@ -1,14 +1,13 @@
-"""Networks over the discrete timesteps of a DDPM schedule, as velocities in this project's own time."""
+"""The discrete timesteps of a DDPM schedule, read continuously and in this project's own time."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from hd_core.paths import expand, log_snr_half, to_gaussian, velocity_from_eps, velocity_from_v_prediction
-from hd_core.types import Condition, Images, Times
+from hd_core.paths import log_snr_half, velocity_from_eps, velocity_from_v_prediction
+from hd_core.types import Times
 
 PREDICTIONS = {"epsilon": velocity_from_eps, "v_prediction": velocity_from_v_prediction}
 """What such a network may predict, by the schedule's ``prediction_type``, and how a velocity follows from it."""
@@ -59,59 +58,3 @@ class DiscretePoint:
     """Scale of the data."""
     sigma: Times
     """Scale of the noise."""
-
-
-class DiscreteTimeBackbone(nn.Module):
-    """A diffusers network over discrete timesteps as a velocity; satisfies `hd_core.types.Backbone`.
-
-    Beyond the table's noisy end the data prediction is held, so an Euler step from t = 1 is DDIM's first step. The
-    network's own class and parameter names stay, under ``model``; conditioning and taps are forward hooks.
-    """
-
-    def __init__(self, model: nn.Module, path: DiscretePath, *, embedding_width: int, has_classes: bool) -> None:
-        super().__init__()
-        self.model, self.path = model, path
-        self.embedding_width, self.has_classes = embedding_width, has_classes
-        self.tokens = nn.ModuleList()
-        self._extra: Tensor | None = None
-
-    def add_extra_to(self, embedder: nn.Module) -> None:
-        """Let ``extra`` be added to what a module of the network puts out."""
-        embedder.register_forward_hook(self._with_extra)
-
-    def show_tokens_of(self, block: nn.Module) -> nn.Module:
-        """A module whose output is the output of a convolutional block as tokens (b, h * w, c)."""
-        tokens = _Tokens()
-        self.tokens.append(tokens)
-        block.register_forward_hook(tokens.hook)
-        return tokens
-
-    def forward(self, x_t: Images, t: Times, condition: Condition, extra: Float[Tensor, "b d"] | None = None) -> Images:
-        point = self.path.point(t)
-        x = to_gaussian(x_t, point.alpha, point.sigma)
-        prediction = self._predict(x, point.timestep.float(), condition, extra)[:, : x.shape[1]]  # no learned variance
-        held = point.t / torch.maximum(t.double(), point.t)
-        return expand(held, x) * self.path.to_velocity(x, prediction, point.alpha, point.sigma)
-
-    def _predict(self, x: Images, timestep: Times, condition: Condition, extra: Tensor | None) -> Images:
-        labels = condition.labels if self.has_classes else None
-        if extra is not None and torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing recomputes time embeddings without a student's interval: turn it off"
-            )
-        self._extra = extra
-        try:
-            return self.model(x, timestep, class_labels=labels, return_dict=False)[0]
-        finally:
-            self._extra = None
-
-    def _with_extra(self, _module: nn.Module, _inputs: tuple[Any, ...], embedding: Tensor) -> Tensor:
-        return embedding if self._extra is None else embedding + self._extra
-
-
-class _Tokens(nn.Module):
-    def forward(self, images: Images) -> Float[Tensor, "b n d"]:
-        return images.flatten(2).transpose(1, 2)
-
-    def hook(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Any]) -> None:
-        self(output[0] if isinstance(output, tuple) else output)

@@ -198,12 +198,15 @@ class Evaluator:
         splits_fingerprint: str,
         seed: int,
         folder: Path,
+        labels: Callable[[range], Tensor],
     ) -> None:
-        self.config, self.teacher = config, teacher
+        self.config, self.teacher, self.labels = config, teacher, labels
         self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
         self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
         if second:  # absent without one, as in rows that were measured before there was a second net
             self._against["second_feature_net"] = second.extractor.fingerprint
+        if teacher.codec:
+            self._against["autoencoder"] = teacher.codec.fingerprint
 
     def inputs(self, generator: Generator) -> dict[str, Any]:
         """All that determines a generator's row."""
@@ -273,10 +276,8 @@ class Evaluator:
 
     def _sample(self, sampler: Sampler, generator: Generator, ids: range) -> Tensor:
         noise = sample_noise(evaluation_seed(self.seed), ids, self.teacher.shape).to(self.teacher.device)
-        return sampler(generator.grid[0] * noise, Condition(labels=self._labels(ids)).to(self.teacher.device))
-
-    def _labels(self, ids: range) -> Tensor:
-        return sample_labels(evaluation_seed(self.seed), ids, max(1, self.teacher.num_classes))
+        condition = self.teacher.condition(self.labels(ids)).to(self.teacher.device)
+        return self.teacher.decoded(sampler(generator.grid[0] * noise, condition))
 
     def flops(self, sampler: Sampler, generator: Generator) -> float:
         """Floating-point operations for one image; a multiply and its add are two."""
@@ -286,10 +287,15 @@ class Evaluator:
         return float(counter.get_total_flops())
 
     def _keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
-        labels = self._labels(range(len(pictures))).numpy()
+        labels = self.labels(range(len(pictures))).numpy()
         write_arrays(self.folder / row.samples, images=pictures, labels=labels)
         stored = {"inputs": self.inputs(generator), "row": asdict(row)}
         write_json(self.folder / f"{generator.key}.json", stored)
+
+
+def class_labels(seed: int, classes: int, ids: range) -> Tensor:
+    """The class of each sample that is measured, from its id alone."""
+    return sample_labels(evaluation_seed(seed), ids, max(1, classes))
 
 
 def evaluation_seed(seed: int) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from hd_core.objectives.turns import Batch
 from hd_core.random import Draws, fold_in
-from hd_core.types import Condition
+from hd_core.types import Condition, Images
 from pipelines.batches import BatchPlan, resident, streamed
 from pipelines.data import to_model
 from pipelines.shards import Rows, ShardSet
@@ -38,10 +38,10 @@ class Feed:
         """This worker's rows of each step's batch."""
         needs = self.job.stage.objective.needs
         trajectories = self._rows(self.job.trajectories, last_step) if "trajectories" in needs else None
-        images = self._rows(self.job.images, last_step) if "images" in needs else None
+        images = self._rows(self.job.real, last_step) if "images" in needs else None
         for step in range(self.first_step, last_step):
             batch = self._from_noise(step) if trajectories is None else self._from_trajectory(next(trajectories))
-            yield batch if images is None else self._with_images(batch, next(images))
+            yield batch if images is None else self._with_images(batch, next(images), step)
 
     def _rows(self, shards: ShardSet | None, last_step: int) -> Iterator[Rows]:
         assert shards is not None
@@ -51,18 +51,32 @@ class Feed:
         return streamed(shards, plan, self.first_step, last_step, self.rows)
 
     def _from_noise(self, step: int) -> Batch:
-        draws = Draws(seed=step_seed(self.job, step), rows=self.rows, total=self.job.stage.batch_size)
+        draws = self._draws(step)
         labels = draws.integers("labels", max(1, self.teacher.num_classes))
         first = float(self.job.stage.objective.sampling_grid()[0])  # the state there is the noise times it
-        return Batch(noise=first * draws.normal("noise", self.teacher.shape), condition=Condition(labels=labels))
+        return Batch(noise=first * draws.normal("noise", self.teacher.shape), condition=self.teacher.condition(labels))
+
+    def _draws(self, step: int) -> Draws:
+        return Draws(seed=step_seed(self.job, step), rows=self.rows, total=self.job.stage.batch_size)
 
     def _from_trajectory(self, rows: Rows) -> Batch:
         assert self.job.trajectories is not None
         states = torch.from_numpy(rows.values.astype("float32"))
         times = torch.tensor(self.job.trajectories.spec.details["times"], dtype=torch.float64)
-        condition = Condition(labels=torch.from_numpy(rows.labels.copy()))
+        condition = self._condition(rows)
         return Batch(noise=states[:, 0], condition=condition, states=states, grid=times)
 
-    def _with_images(self, batch: Batch, rows: Rows) -> Batch:
-        condition = Condition(labels=torch.from_numpy(rows.labels.copy()))
-        return replace(batch, images=to_model(rows.values), images_condition=condition)
+    def _with_images(self, batch: Batch, rows: Rows, step: int) -> Batch:
+        real = real_images(self.teacher, rows, self._draws(step))
+        return replace(batch, images=real, images_condition=self._condition(rows))
+
+    def _condition(self, rows: Rows) -> Condition:
+        return self.teacher.condition(torch.from_numpy(rows.labels.copy()))
+
+
+def real_images(teacher: Teacher, rows: Rows, draws: Draws) -> Images:
+    """Real images as the teacher's flow has them: pixels in [-1, 1], or a draw of each latent's posterior."""
+    if teacher.codec is None:
+        return to_model(rows.values)
+    stored = torch.from_numpy(rows.values.astype("float32"))
+    return teacher.codec.drawn(stored, draws.normal("posterior", teacher.shape))

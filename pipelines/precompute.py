@@ -1,13 +1,7 @@
-"""Teacher trajectories, made once: (sample id, label) to the dense path from noise to data, as Parquet shards.
+"""Teacher trajectories, made once: (sample id, label) to the dense path from noise to data, as Parquet shards."""
 
-Ray Data streams blocks of sample ids through an actor pool that holds the teacher. One block is one shard, committed by
-the actor that made it, so a kill loses only the shards in flight; a restart makes what is missing.
-"""
-
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,17 +9,14 @@ import torch
 from hd_core.random import fold_in, sample_labels, sample_noise
 from hd_core.solvers import SOLVERS, analytical_first, trajectory
 from hd_core.times import GridConfig
-from hd_core.types import Condition
-from pipelines.process import WORKER_ENVIRONMENT, default_device, prepare_process
+from pipelines.production import Actors
 from pipelines.shards import Shard, ShardSet, ShardSetSpec, write_shard
 from pipelines.teachers import Teacher, TeacherConfig, load_teacher
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig:
-    """The teacher trajectories that training reads."""
+    """What is made once and read by training: the teacher's trajectories, latents and text embeddings."""
 
     num_samples: int = 8192
     """Trajectories."""
@@ -40,13 +31,18 @@ class PrecomputeConfig:
     null_share: float = 0.0
     """Share of trajectories of "no class", which a student needs that is to be guided when it is sampled."""
     dtype: Literal["float16", "float32"] = "float16"
-    """How states are stored."""
+    """How states, latents and text embeddings are stored."""
+    prompts: str = ""
+    """File of the prompts to train on, for a teacher of text (txt, tsv, csv, jsonl or parquet); empty: the captions of
+    the training images."""
+    flip: bool = False
+    """Latents of the mirrored images too, as a second set of rows."""
     shard_rows: int = 1024
-    """Trajectories per file: the unit that is committed, and that a restart makes again."""
+    """Rows per file: the unit that is committed, and that a restart makes again."""
     batch_size: int = 512
-    """Trajectories that the teacher solves at once."""
+    """Rows that a network takes at once."""
     num_actors: int = 2
-    """Teachers that work side by side."""
+    """Processes that work side by side, each with a network of its own; 0: this process, without Ray."""
     cpus_per_actor: float = 1.0
     """CPUs that each of them gets."""
     gpus_per_actor: float = 0.0
@@ -55,9 +51,11 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; given {self.solver!r}")
-        for name in ("num_samples", "intervals", "shard_rows", "batch_size", "num_actors"):
+        for name in ("num_samples", "intervals", "shard_rows", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; given {getattr(self, name)}")
+        if self.num_actors < 0:
+            raise ValueError(f"num_actors must not be negative; given {self.num_actors}")
         if not 0 <= self.null_share <= 1:
             raise ValueError(f"null_share must lie in [0, 1]; given {self.null_share}")
         if self.cpus_per_actor <= 0 or self.gpus_per_actor < 0:
@@ -71,16 +69,21 @@ class PrecomputeConfig:
         """Network calls for one trajectory, without guidance."""
         return self.intervals * SOLVERS[self.solver].calls_per_step - self.afs
 
+    @property
+    def actors(self) -> Actors:
+        """Who makes the shards."""
+        return Actors(count=self.num_actors, cpus=self.cpus_per_actor, gpus=self.gpus_per_actor)
+
 
 def trajectory_spec(
-    config: PrecomputeConfig, teacher_config: TeacherConfig, teacher: Teacher, seed: int
+    config: PrecomputeConfig, teacher_config: TeacherConfig, teacher: Teacher, seed: int, prompts: str = ""
 ) -> ShardSetSpec:
-    """What the trajectories of a recipe are.
+    """What the trajectories of a recipe are. ``prompts`` is the fingerprint of their texts' embeddings, if any.
 
     Raises:
         ValueError: some are to have no class, which the teacher does not know.
     """
-    if config.null_share and teacher.null_condition is None:
+    if config.null_share and not teacher.knows_null:
         raise ValueError('precompute.null_share needs a teacher that knows "no class"; set it to 0')
     grid = config.grid.times(config.intervals)
     return ShardSetSpec(
@@ -98,6 +101,7 @@ def trajectory_spec(
             "grid": asdict(config.grid),
             "seed": seed,
             "num_classes": teacher.num_classes,
+            **({"prompts": prompts} if prompts else {}),
         },
         details={"times": grid.tolist(), "layout": ["point", "channel", "height", "width"]},
     )
@@ -120,7 +124,7 @@ def solve(
     for start in range(0, len(ids), config.batch_size):
         some = ids[start : start + config.batch_size]
         x = grid[0].item() * sample_noise(noise_seed(seed), some, teacher.shape)
-        condition = Condition(labels=labels[start : start + config.batch_size])
+        condition = teacher.condition(labels[start : start + config.batch_size])
         states = trajectory(solver.states(velocity, x.to(device), grid, condition.to(device)))
         if not states.abs().amax() <= np.finfo(config.dtype).max:
             raise ValueError(_unfit(states, some, config.dtype))
@@ -140,86 +144,29 @@ def noise_seed(seed: int) -> int:
     return fold_in(seed, "trajectories")
 
 
-class ShardWorker:
-    """A Ray Data actor: holds the teacher, turns one block of sample ids into one committed shard."""
+class TrajectoryMaker:
+    """Holds the teacher, and makes shards of its trajectories."""
 
     def __init__(
-        self, folder: str, spec: ShardSetSpec, config: PrecomputeConfig, teacher: TeacherConfig, seed: int
+        self,
+        device: str,
+        *,
+        shards: ShardSet,
+        config: PrecomputeConfig,
+        teacher: TeacherConfig,
+        seed: int,
+        prompts: ShardSet | None = None,
     ) -> None:
-        prepare_process(config.cpus_per_actor)
-        self._folder, self._spec, self._config, self._seed = Path(folder), spec, config, seed
-        device = default_device() if config.gpus_per_actor else "cpu"
-        self._scale, self._teacher = teacher.guidance_scale, load_teacher(teacher).to(device)
+        self._shards, self._config, self._seed = shards, config, seed
+        self._scale, self._teacher = teacher.guidance_scale, load_teacher(teacher, prompts).to(device)
 
-    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """The shard; or the mistake, as a value: a raised one would arrive wrapped into Ray's, without its cause."""
-        try:
-            return {"made": [self._commit(block)]}
-        except (ValueError, OSError) as error:
-            return {"made": [error]}
-
-    def _commit(self, block: dict[str, np.ndarray]) -> Shard:
-        index = int(block["sample_id"][0]) // self._spec.shard_rows
-        ids, labels = self._spec.ids(index), torch.from_numpy(block["label"].copy())
+    def shard(self, index: int) -> Shard:
+        """Solve and commit one shard."""
+        spec = self._shards.spec
+        ids = spec.ids(index)
+        labels = trajectory_labels(spec, self._seed, ids)
         states = solve(self._teacher, self._config, self._scale, self._seed, ids, labels)
-        return write_shard(self._folder, self._spec, index, block["label"], states)
-
-
-def precompute(
-    shards: ShardSet, config: PrecomputeConfig, teacher: TeacherConfig, seed: int, progress: Progress
-) -> None:
-    """Make the missing shards with Ray Data; ``progress`` is told of rows as their shard is committed.
-
-    Raises:
-        ValueError: the actors do not fit into the cluster, or the teacher's states into their dtype.
-        OSError: a shard cannot be written.
-    """
-    for shard in _made(shards, config, teacher, seed):
-        shards.commit(shard)
-        progress(shard.rows)
-
-
-def start_for(shards: ShardSet, config: PrecomputeConfig) -> int:
-    """Start Ray, or see that it has room, for the missing shards; returns the number of actors.
-
-    Raises:
-        ValueError: the actors do not fit into the cluster.
-    """
-    from pipelines.cluster import ensure_ray
-
-    count = min(config.num_actors, len(shards.missing))
-    ensure_ray(reserved_cpus=count * config.cpus_per_actor, reserved_gpus=count * config.gpus_per_actor)
-    return count
-
-
-def _made(shards: ShardSet, config: PrecomputeConfig, teacher: TeacherConfig, seed: int) -> Iterator[Shard]:
-    import ray.data
-
-    num_actors = start_for(shards, config)
-    blocks = ray.data.from_arrow([_block(shards.spec, index, seed) for index in shards.missing])
-    worker = {"folder": str(shards.folder.resolve()), "spec": shards.spec, "config": config, "teacher": teacher}
-    made = blocks.map_batches(
-        ShardWorker,
-        fn_constructor_kwargs={**worker, "seed": seed},
-        batch_size=None,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.gpus_per_actor,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-    )
-    for row in made.iter_rows():
-        if isinstance(row["made"], Exception):
-            raise row["made"]
-        yield row["made"]
-
-
-def _block(spec: ShardSetSpec, index: int, seed: int) -> Any:
-    """Sample ids and labels of one shard, as an Arrow table: one block of the dataset."""
-    import pyarrow as pa
-
-    ids = spec.ids(index)
-    return pa.table({"sample_id": np.arange(ids.start, ids.stop), "label": trajectory_labels(spec, seed, ids).numpy()})
+        return write_shard(self._shards.folder, spec, index, labels.numpy(), states)
 
 
 def trajectory_labels(spec: ShardSetSpec, seed: int, ids: range) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from pipelines.cast import in_precision
 from pipelines.checkpoints import save_weights
 from pipelines.data import to_model, to_uint8
 from pipelines.features import load_extractor
+from pipelines.feed import real_images
 from pipelines.stages import StageJob
 from pipelines.teachers import Teacher
 
@@ -38,11 +40,15 @@ class Probe:
         real = job.images.read(range(job.images.spec.num_shards))
         self.extractor = load_extractor(job.features)
         self.real = Moments.of(self.extractor(real.values))
-        self.real_spread = within_class_spread(to_model(real.values), torch.from_numpy(real.labels.copy()))
+        self.real_spread = within_class_spread(to_model(real.values), self._kinds(torch.from_numpy(real.labels.copy())))
         self.seed = fold_in(job.seed, "stage", job.name, "probe")
         ids = range(self.config.num_samples)
         self.noise = sample_noise(self.seed, ids, teacher.shape)
         self.labels = sample_labels(self.seed, ids, max(1, teacher.num_classes))
+
+    def _kinds(self, labels: Tensor) -> Tensor:
+        """What images are compared within: their class; all of them, where every one has a text of its own."""
+        return labels if self.teacher.prompts is None else torch.zeros_like(labels)
 
     def look(self, state: TrainState) -> dict[str, float]:
         """Values of the training curve, by name."""
@@ -50,7 +56,7 @@ class Probe:
         images = to_uint8(samples)
         values = {
             "probe/fid": frechet_distance(Moments.of(self.extractor(images)), self.real),
-            "probe/diversity": within_class_spread(samples, self.labels) / max(self.real_spread, 1e-12),
+            "probe/diversity": within_class_spread(samples, self._kinds(self.labels)) / max(self.real_spread, 1e-12),
         }
         if self.config.fake_score_moves and isinstance(self.job.stage.objective, DMD):
             values["probe/fake_score_lag"] = self.fake_score_lag(state, self.job.stage.objective)
@@ -58,11 +64,12 @@ class Probe:
 
     @torch.no_grad()
     def sample(self, student: FlowMap, size: int = 500) -> Tensor:
-        """The fixed noises' samples, on the CPU."""
+        """The fixed noises' images in [-1, 1], on the CPU."""
         device, parts = self.teacher.device, []
         for noise, labels in zip(self.noise.split(size), self.labels.split(size), strict=True):
-            condition = Condition(labels=labels.to(device))
-            parts.append(_samples(self.job.stage.objective, student, noise.to(device), condition).cpu())
+            condition = self.teacher.condition(labels).to(device)
+            drawn = _samples(self.job.stage.objective, student, noise.to(device), condition)
+            parts.append(self.teacher.decoded(drawn).cpu())
         return torch.cat(parts)
 
     def fake_score_lag(self, state: TrainState, objective: DMD) -> float:
@@ -90,7 +97,7 @@ class Probe:
         seed = fold_in(self.seed, "lag", step, number)
         draws = Draws(seed=seed, rows=slice(0, rows), total=rows, device=self.teacher.device)
         resting = replace(objective, update_ratio=2, regression_weight=0.0)
-        condition = Condition(labels=draws.integers("labels", max(1, self.teacher.num_classes)))
+        condition = self.teacher.condition(draws.integers("labels", max(1, self.teacher.num_classes)))
         noise = objective.sampling_grid()[0].item() * draws.normal("noise", self.teacher.shape)
         batch = Batch(noise=noise, condition=condition)
         return next(turn for turn in resting.turns(cast, batch, draws, step=1) if turn.player == "fake_score")
@@ -134,19 +141,21 @@ class BestWeights:
 @torch.no_grad()
 def save_looks(job: StageJob, teacher: Teacher, state: TrainState, cast: Cast, rows: int = 32) -> None:
     """Write what the discriminator says of some generated and some real images: images, logits and token weights."""
-    assert job.images is not None and isinstance(job.stage.objective, DMD)
+    assert job.real is not None and isinstance(job.stage.objective, DMD)
     seed, objective = fold_in(job.seed, "stage", job.name, "looks"), job.stage.objective
     noise = sample_noise(seed, range(rows), teacher.shape)
     labels = sample_labels(seed, range(rows), max(1, teacher.num_classes))
     state.players["discriminator"].network.eval()  # a look must not move spectral norm's estimates
-    first, condition = job.images.read([0]), Condition(labels=labels.to(teacher.device))
+    first, condition = job.real.read([0]), teacher.condition(labels).to(teacher.device)
+    first = first.take(np.arange(min(rows, len(first.labels))))
     fake = _samples(objective, state.average, noise.to(teacher.device), condition)  # pyright: ignore[reportArgumentType]
-    real = to_model(first.values[:rows]).to(teacher.device)
-    real_condition = Condition(labels=torch.from_numpy(first.labels[:rows].copy()).to(teacher.device))
+    posterior = Draws(seed=seed, rows=slice(0, len(first.labels)), total=len(first.labels))
+    real = real_images(teacher, first, posterior).to(teacher.device)
+    real_condition = teacher.condition(torch.from_numpy(first.labels.copy())).to(teacher.device)
     arrays: dict[str, Any] = {}
     for kind, images, asked in (("fake", fake, condition), ("real", real, real_condition)):
         draws = Draws(seed=seed, rows=slice(0, len(images)), total=len(images), device=teacher.device)
         judged = objective.adversarial.judge(cast, images, asked, draws, "look")
-        arrays[f"{kind}_images"] = to_uint8(images)
+        arrays[f"{kind}_images"] = to_uint8(teacher.decoded(images))
         arrays[f"{kind}_logits"], arrays[f"{kind}_weights"] = judged.logits.cpu().numpy(), judged.weights.cpu().numpy()
     write_arrays(job.looks, **arrays)

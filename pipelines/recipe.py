@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hd_core.objectives.dmd import DMD
 from hd_core.objectives.mean_velocity import MeanVelocity
+from hd_core.objectives.meanflow import MeanFlow
 from hd_core.objectives.sfd import SFD
 from hd_core.times import positions
 from pipelines.artifacts import fingerprint
@@ -69,6 +70,7 @@ class Recipe:
             if stage.start not in earlier:
                 raise ValueError(f"stages.{name}.start: {stage.start!r} is not one of {', '.join(earlier)}")
             self._check_batch(name, stage)
+            self._check_derivative(name, stage)
             self._check_trajectories(name, stage)
             earlier.append(name)
 
@@ -80,6 +82,14 @@ class Recipe:
             raise ValueError(
                 f"stages.{name}.batch_size: {stage.batch_size} rows are more than the {self.precompute.num_samples}"
                 " trajectories that there will be (precompute.num_samples)"
+            )
+
+    def _check_derivative(self, name: str, stage: StageConfig) -> None:
+        exact = isinstance(stage.objective, MeanFlow) and stage.objective.derivative == "exact"
+        if exact and self.train.gradient_checkpointing:
+            raise ValueError(
+                f"stages.{name}.objective: derivative exact cannot go through train.gradient_checkpointing; use"
+                " finite_difference, or turn it off"
             )
 
     def _check_trajectories(self, name: str, stage: StageConfig) -> None:
@@ -166,6 +176,7 @@ _FREE = (
     "train.num_workers",
     "train.cpus_per_worker",
     "train.gpus_per_worker",
+    "train.gradient_checkpointing",
     "train.resident_bytes",
     "train.max_failures",
     "precompute.num_actors",

@@ -13,64 +13,40 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 
 from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
-from pipelines.cluster import stop_ray
-from pipelines.data import DataSplits, load_images
+from pipelines.cluster import is_running, stop_ray
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
 from pipelines.features import BUILT_IN, Extractor, load_extractor
+from pipelines.inputs import Inputs
 from pipelines.journal import Status
 from pipelines.perceptual import LPIPS, load_perceptual
-from pipelines.precompute import precompute, start_for, trajectory_spec
-from pipelines.process import default_device, environment
+from pipelines.process import environment
+from pipelines.production import MakerOn, produce, start_for
 from pipelines.progress import bar
 from pipelines.recipe import TEACHER, Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
-from pipelines.shards import ShardSet, ShardSetSpec, write_shard
+from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob, sampling_grid, stage_inputs
-from pipelines.teachers import Teacher, load_teacher
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
 from pipelines.trainer import Watch
 from pipelines.watching import RemoteWatch, follow, log_point
 
-IMAGE_SHARD_ROWS = 4096
 T = TypeVar("T")
 
 
-class Run:
+class Run(Inputs):
     """One recipe in one run directory."""
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console) -> None:
-        self.recipe, self.dir, self.console = recipe, run_dir, console
+        super().__init__(recipe, run_dir)
+        self.console = console
         self.phases: list[Phase] = []
         self.tracker: Tracker = NoopTracker()
-
-    @cached_property
-    def teacher(self) -> Teacher:
-        path, training = self.recipe.teacher.path, self.recipe.teacher_training
-        if training is not None and not Path(path).expanduser().exists():
-            raise ValueError(
-                f"the teacher {path} is not trained yet: run `hdistill teacher` with the same recipe first"
-            )
-        teacher = load_teacher(self.recipe.teacher)
-        if teacher.null_condition is None and set(self.recipe.evaluate.guidance_scales) != {1.0}:
-            raise ValueError(
-                'evaluate.guidance_scales needs a teacher that knows "no class", and this one does not: use [1]'
-            )
-        return teacher.to(default_device())
-
-    @cached_property
-    def splits(self) -> DataSplits:
-        splits = load_images(self.recipe.data)
-        if splits.train.shape != self.teacher.shape:
-            raise ValueError(
-                f"data holds images of (channels, height, width) {splits.train.shape}, and the teacher makes"
-                f" {self.teacher.shape}: set data.image_size and data.channels, or choose another teacher"
-            )
-        return splits
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -92,26 +68,6 @@ class Run:
         extractor.check(self.splits.train.shape)
         return extractor
 
-    @cached_property
-    def trajectories(self) -> ShardSet:
-        recipe = self.recipe
-        spec = trajectory_spec(recipe.precompute, recipe.teacher, self.teacher, recipe.seed)
-        return ShardSet.open(self.dir.trajectories, spec)
-
-    @cached_property
-    def images(self) -> ShardSet:
-        train = self.splits.train
-        spec = ShardSetSpec(
-            kind="images",
-            rows=len(train),
-            shard_rows=IMAGE_SHARD_ROWS,
-            dtype="uint8",
-            shape=train.images.shape[1:],
-            inputs={"data": self.splits.fingerprint},
-            details={"layout": ["height", "width", "channel"]},
-        )
-        return ShardSet.open(self.dir.images, spec)
-
     # Stages
 
     def job(self, name: str) -> StageJob:
@@ -123,6 +79,11 @@ class Run:
             upstream["trajectories"] = self.trajectories.spec.fingerprint
         if stage.needs_images:
             upstream["images"] = self.images.spec.fingerprint
+        latents = self.latents if "images" in needs else None
+        if latents:
+            upstream["latents"] = latents.spec.fingerprint
+        if self.prompts:
+            upstream["prompts"] = self.prompts.spec.fingerprint
         if stage.probe.every:
             upstream["probe_features"] = self.extractor.fingerprint
         if stage.perceptual:
@@ -142,6 +103,8 @@ class Run:
             features=_portable(recipe.evaluate.features) if stage.probe.every else "",
             perceptual=_portable(stage.perceptual),
             start_knows_steps=stage.start != TEACHER and recipe.knows_steps(stage.start),
+            latents=latents,
+            prompts=self.prompts,
         )
 
     def _start_identity(self, name: str) -> str:
@@ -208,12 +171,13 @@ class Run:
         """Measures this run's generators."""
         return Evaluator(
             self.recipe.evaluate,
-            self.teacher,
+            self.reader,
             self.reference,
             self.second_reference,
             self.splits.fingerprint,
             self.recipe.seed,
             self.dir.evaluation,
+            self.evaluation_labels,
         )
 
     # Phases
@@ -238,6 +202,7 @@ class Run:
         _ = self.teacher, self.splits  # a mistake in them leaves the directory unclaimed
         with self.dir.locked():
             self._claim()
+            self._say_what_is_skipped()
             self._open_tracker()
             try:
                 yield
@@ -265,6 +230,16 @@ class Run:
         check_recipe(self.dir, self.recipe)
         write_json(self.dir.recipe, self.recipe.to_dict())
 
+    def _say_what_is_skipped(self) -> None:
+        """Name bad pictures: the first here, all of them in a file."""
+        skipped = self.splits.skipped
+        if not skipped:
+            return
+        path = self.dir.path / "skipped_pictures.json"
+        write_json(path, {picture.name: picture.reason for picture in skipped})
+        first = escape(f"{skipped[0].name} ({skipped[0].reason})")
+        self.say(f"[yellow]{len(skipped):,} bad pictures are left out, the first {first}; all are named in {path}[/]")
+
     def _open_tracker(self) -> None:
         state = read_json(self.dir.state) or {}
         recipe = self.recipe
@@ -281,46 +256,55 @@ class Run:
         write_json(self.dir.state, {**state, "run_id": self.tracker.run_id})
 
     def prepare_shards(self) -> None:
-        """Real images and teacher trajectories, as far as any stage reads them."""
+        """Text embeddings, real images, latents and trajectories, as far as this run reads them."""
+        needs = {need for stage in self.recipe.stages.values() for need in stage.objective.needs}
+        before = is_running()
+        if self.prompts and self.vocabulary:
+            self._make("prompts", self.prompts, self.prompt_maker(self.prompts, self.vocabulary), "prompts")
         if any(stage.needs_images for stage in self.recipe.stages.values()):
             self._write_images()
-        if not self.recipe.needs_trajectories:
-            return
-        shards = self.trajectories
-        for file in shards.damaged():
-            self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
-        if shards.complete:
-            self._record("precompute", 0.0, reused=True)
-            return
-        with self.phase("ray start"):
-            start_for(shards, self.recipe.precompute)
-        with self.phase("precompute"):
-            self._precompute()
-        if not self.recipe.train.num_workers and not self._streams():
+        if self.latents and "images" in needs:
+            self._make("latents", self.latents, self.latent_maker(self.latents), "latents")
+        if "trajectories" in needs:
+            self._make("precompute", self.trajectories, self.trajectory_maker(), "teacher trajectories")
+        if is_running() and not (before or self.recipe.train.num_workers or self._streams()):
             with self.phase("ray stop"):
                 stop_ray()
 
+    def _make(self, phase: str, shards: ShardSet, maker: MakerOn, what: str) -> None:
+        """Make a set's missing and damaged shards, or find it whole."""
+        for file in shards.damaged():
+            self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
+        if shards.complete:
+            self._record(phase, 0.0, reused=True)
+            return
+        actors = self.recipe.precompute.actors
+        if actors.count and not is_running():
+            with self.phase("ray start"):
+                start_for(shards, actors)
+        with self.phase(phase):
+            self._produce(shards, maker, what)
+
+    def _produce(self, shards: ShardSet, maker: MakerOn, what: str) -> None:
+        done = sum(shard.rows for shard in shards.shards)
+        if done:
+            self.say(f"{what}: {done:,} of {shards.spec.rows:,} are there; making the rest")
+        with bar(self.console, what, shards.spec.rows) as show:
+            counter = _Counter(done, show)
+            show(done)
+            produce(shards, maker, self.recipe.precompute.actors, counter.add)
+
     def _write_images(self) -> None:
-        shards, train = self.images, self.splits.train
+        shards, images, labels = self.images, self.splits.train.images, self.image_labels
         for file in shards.damaged():
             self.say(f"[yellow]shard {file} of images is missing or damaged: writing it again[/]")
         for index in shards.missing:
             ids = shards.spec.ids(index)
             part = slice(ids.start, ids.stop)
-            shards.commit(write_shard(shards.folder, shards.spec, index, train.labels[part], train.images[part]))
-
-    def _precompute(self) -> None:
-        shards, recipe = self.trajectories, self.recipe
-        done = sum(shard.rows for shard in shards.shards)
-        if done:
-            self.say(f"precompute: {done:,} of {shards.spec.rows:,} trajectories are there; making the rest")
-        with bar(self.console, "teacher trajectories", shards.spec.rows) as show:
-            counter = _Counter(done, show)
-            show(done)
-            precompute(shards, recipe.precompute, recipe.teacher, recipe.seed, counter.add)
+            shards.commit(write_shard(shards.folder, shards.spec, index, labels[part], images[part]))
 
     def _streams(self) -> bool:
-        return self.trajectories.spec.bytes > self.recipe.train.resident_bytes
+        return self.recipe.needs_trajectories and self.trajectories.spec.bytes > self.recipe.train.resident_bytes
 
     def train(self, name: str) -> None:
         """Train one stage, or find it trained."""

@@ -18,7 +18,7 @@ from pipelines.artifacts import atomic_path, differences, file_hash, fingerprint
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"hdistill"
-Kind = Literal["trajectories", "images"]
+Kind = Literal["trajectories", "images", "latents", "prompts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,25 +107,28 @@ def write_shard(folder: Path, spec: ShardSetSpec, index: int, labels: np.ndarray
     """
     ids = np.arange(spec.ids(index).start, spec.ids(index).stop)
     assert values.shape == (len(ids), *spec.shape) and values.dtype == spec.dtype, (values.shape, values.dtype)
-    table = _table(ids, labels, values, spec)
+    return commit_table(folder, spec, index, tensor_table(ids, labels, values))
+
+
+def commit_table(folder: Path, spec: ShardSetSpec, index: int, table: pa.Table) -> Shard:
+    """Commit the rows of one shard atomically, with what says where they come from."""
+    described = table.replace_schema_metadata({METADATA_KEY: json.dumps(spec.metadata()).encode()})
     path = folder / f"part-{index:05d}.parquet"
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="none", use_dictionary=False, write_statistics=False)
-    return Shard(index=index, file=path.name, rows=len(ids), sha256=file_hash(path))
+        pq.write_table(described, temporary, compression="none", use_dictionary=False, write_statistics=False)
+    return Shard(index=index, file=path.name, rows=len(table), sha256=file_hash(path))
 
 
-def _table(ids: np.ndarray, labels: np.ndarray, values: np.ndarray, spec: ShardSetSpec) -> pa.Table:
+def tensor_table(ids: np.ndarray, labels: np.ndarray, values: np.ndarray) -> pa.Table:
+    """Rows of tensors of one shape, as the columns that `read_shard` reads."""
     contiguous = np.ascontiguousarray(values)
     width = contiguous.nbytes // len(ids)
     offsets = pa.py_buffer(np.arange(len(ids) + 1, dtype=np.int64) * width)
     column = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(ids), [None, offsets, pa.py_buffer(contiguous.data)]
     )
-    schema = pa.schema(
-        [("sample_id", pa.int64()), ("label", pa.int64()), ("values", pa.large_binary())],
-        metadata={METADATA_KEY: json.dumps(spec.metadata()).encode()},
-    )
-    return pa.table([pa.array(ids, pa.int64()), pa.array(labels, pa.int64()), column], schema=schema)
+    columns = [pa.array(ids, pa.int64()), pa.array(labels, pa.int64()), column]
+    return pa.table(columns, names=["sample_id", "label", "values"])
 
 
 def read_shard(path: Path) -> Rows:

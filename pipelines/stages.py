@@ -49,11 +49,11 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeScoreConfig:
-    """What the fake score is made of; it starts as the teacher."""
+class TuningConfig:
+    """What of a network moves."""
 
     kind: Literal["full", "lora"] = "full"
-    """full: a copy of the teacher, all of which moves. lora: the frozen teacher with low-rank adapters that move."""
+    """full: all of it. lora: low-rank adapters at its linear layers, beside frozen weights."""
     rank: int = 32
     """Rank of the adapters."""
     alpha: float = 32.0
@@ -98,8 +98,10 @@ class StageConfig:
     """How each player moves."""
     discriminator: AWDConfig = field(default_factory=AWDConfig)
     """The discriminator's heads, where the objective has one."""
-    fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
-    """What the fake score is made of, where the objective has one."""
+    student: TuningConfig = field(default_factory=TuningConfig)
+    """What of the student moves; its new embeddings always do. Adapters are folded into the weights it passes on."""
+    fake_score: TuningConfig = field(default_factory=TuningConfig)
+    """What of the fake score moves, where the objective has one; it starts as the teacher."""
     step_embedding: StepStart = "zero"
     """Where the embedding of the number of steps starts from, in SFD-v. zero: from nothing. random: as its authors."""
     perceptual: str = ""
@@ -177,6 +179,8 @@ class TrainConfig:
     """GPUs of each worker. In this process (no workers) a GPU is used where there is one."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Precision of the networks' matrix products; parameters and losses stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations of student and fake score again in the backward pass: less memory, more time."""
     resident_bytes: int = 2 * 2**30
     """A shard set up to this size is held in each worker's memory; a larger one streams through Ray Data."""
     max_failures: int = 3
@@ -207,6 +211,7 @@ class StageJob:
     """Weights that the student starts from; empty: the teacher's own."""
     trajectories: ShardSet | None
     images: ShardSet | None
+    """Real images as pixels."""
     inputs: dict[str, Any]
     """What determines the result; a checkpoint from other inputs is refused."""
     features: str = ""
@@ -215,11 +220,20 @@ class StageJob:
     """Net of the perceptual distance, where there is one."""
     start_knows_steps: bool = False
     """Whether the weights that the student starts from have an embedding of the number of steps."""
+    latents: ShardSet | None = None
+    """Real images as the latents of the teacher's autoencoder, where it has one."""
+    prompts: ShardSet | None = None
+    """Text embeddings, where the teacher reads text."""
+
+    @property
+    def real(self) -> ShardSet | None:
+        """Real images as the teacher's flow has them."""
+        return self.latents or self.images
 
     @property
     def data(self) -> list[ShardSet]:
         """The shard sets that the objective reads in batches."""
-        given = {"trajectories": self.trajectories, "images": self.images}
+        given = {"trajectories": self.trajectories, "images": self.real}
         return [shards for need, shards in given.items() if need in self.stage.objective.needs and shards is not None]
 
     @property

@@ -1,6 +1,7 @@
 """The worker loop of a stage, the same for every objective and any number of workers."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from hd_core.objectives.dmd import DMD
 from hd_core.objectives.turns import Batch
 from hd_core.random import Draws
 from hd_core.step import train_step
-from pipelines.artifacts import write_json
+from pipelines.artifacts import atomic_path, file_hash, write_json
 from pipelines.cast import build
-from pipelines.checkpoints import load_latest, load_weights, remove_checkpoints, save_checkpoint, save_weights
+from pipelines.checkpoints import load_latest, remove_checkpoints, save_checkpoint, save_weights
 from pipelines.feed import Feed
 from pipelines.probing import BestWeights, Probe, save_looks
 from pipelines.process import default_device
@@ -104,7 +105,7 @@ class StageTrainer:
         self.job, self.group, self.watch = job, group, watch
         self.rows = group.rows(job.stage.batch_size)
         self.device = _device(job.train)
-        self.teacher = load_teacher(job.teacher).to(self.device)
+        self.teacher = load_teacher(job.teacher, job.prompts).to(self.device)
         self.state, self.cast = build(job, self.teacher, group.mean)
         self.recent, self.rule = _Recent(), StopRule(job.stage.stop)
         leads = group.rank == 0 and job.stage.probe.every > 0
@@ -212,28 +213,28 @@ class StageTrainer:
 
     def _finish(self, seconds: float) -> None:
         self._save_looks()
-        chosen = self._choose()
         result = {
             "inputs": self.job.inputs,
             "start_sha256": self.job.start_hash(),
-            "sha256": save_weights(self.job.weights, self.state.average),
+            **self._pass_on(),
             "train_seconds": seconds,
             "steps": self.state.step,
-            **chosen,
         }
         write_json(self.job.manifest, result)
         remove_checkpoints(self.job.checkpoints)
 
-    def _choose(self) -> dict[str, Any]:
-        """Bring the average to the weights that are passed on; what the manifest is to say of them."""
-        if self.best is None or self.best.step is None:
-            return {}
-        about = {"best_step": self.best.step, "best_probe_fid": self.best.fid}
-        if self.job.stage.probe.keep == "last":
-            return {**about, "kept": "last"}
-        save_weights(self.job.other_weights, self.state.average)
-        load_weights(self.best.weights, self.state.average)
-        return {**about, "kept": "best"}
+    def _pass_on(self) -> dict[str, Any]:
+        """Write the weights that others start from: the last, or the best. What the manifest is to say of them."""
+        job, best = self.job, self.best
+        if best is None or best.step is None:
+            return {"sha256": save_weights(job.weights, self.state.average)}
+        about = {"best_step": best.step, "best_probe_fid": best.fid, "kept": job.stage.probe.keep}
+        if job.stage.probe.keep == "last":
+            return {**about, "sha256": save_weights(job.weights, self.state.average)}
+        save_weights(job.other_weights, self.state.average)
+        with atomic_path(job.weights) as temporary:
+            shutil.copyfile(best.weights, temporary)
+        return {**about, "sha256": file_hash(job.weights)}
 
     def _save_looks(self) -> None:
         """What the discriminator says of some generated and real images at the end."""

@@ -1,7 +1,10 @@
 """What every test gets: one thread, a fixed seed, and shapes checked at run time. And one Ray cluster for all."""
 
 import logging
+import os
 from collections.abc import Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test asks the network
 
 import pytest
 import torch

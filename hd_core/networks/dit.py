@@ -5,14 +5,18 @@ that are trained here; its time embedding uses slow frequencies only, so that de
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import checkpoint
 
 from hd_core.types import Condition, Images, Times
+
+_again: Callable[..., Tensor] = checkpoint.checkpoint  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,11 @@ class DiT(nn.Module):
         for layer in (self.modulation, self.output):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self._checkpointed = False
+
+    def checkpoint_blocks(self) -> None:
+        """Keep no activations within blocks from now on: the backward pass computes them again."""
+        self._checkpointed = True
 
     @property
     def embedding_width(self) -> int:
@@ -141,9 +150,14 @@ class DiT(nn.Module):
         embedding = F.silu(embedding + self.classes(condition.labels))
         tokens = self.patches(self._to_tokens(x_t)) + self.position
         for block in self.blocks:
-            tokens = block(tokens, embedding)
+            tokens = self._through(block, tokens, embedding)
         shift, scale = self.modulation(embedding).chunk(2, dim=1)
         return self._to_images(self.output(modulate(F.layer_norm(tokens, tokens.shape[-1:]), shift, scale)))
+
+    def _through(self, block: nn.Module, tokens: Tensor, embedding: Tensor) -> Tensor:
+        if not (self._checkpointed and torch.is_grad_enabled()):
+            return block(tokens, embedding)
+        return _again(block, tokens, embedding, use_reentrant=False)
 
     def _to_tokens(self, x: Images) -> Float[Tensor, "b n d"]:
         p = self.config.patch_size

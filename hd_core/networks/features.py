@@ -36,7 +36,7 @@ class FeatureTaps:
         return [caught[layer] for layer in self.layers]
 
     def _hook(self, layer: int):
-        def catch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def catch(_module: nn.Module, _inputs: tuple[object, ...], output: Tensor) -> None:
             if self._listening:
                 self._caught[layer] = output
                 if layer == max(self.layers):

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import torch
 
 from hd_core.random import sample_labels, sample_noise
 from hd_core.times import GridConfig
-from pipelines import precompute as module
-from pipelines.precompute import PrecomputeConfig, ShardWorker, noise_seed, precompute, solve, trajectory_spec
+from pipelines import production
+from pipelines.precompute import PrecomputeConfig, TrajectoryMaker, noise_seed, solve, trajectory_spec
+from pipelines.production import Progress, ShardActor, produce
 from pipelines.shards import ShardSet
 from pipelines.teachers import Teacher, TeacherConfig, load_teacher
 
@@ -39,21 +42,26 @@ def rows(teacher: Teacher, config: PrecomputeConfig, count: int) -> np.ndarray:
     return solve(teacher, config, SCALE, SEED, range(count), labels)
 
 
-def spying_worker(*, dies_at: str = "") -> type[ShardWorker]:
-    """A shard worker that writes its threads down, and whose process is killed once, at one shard."""
+def precompute(shards: ShardSet, config: PrecomputeConfig, progress: Progress = lambda _: None) -> None:
+    maker = partial(TrajectoryMaker, shards=shards, config=config, teacher=TeacherConfig(), seed=SEED)
+    produce(shards, maker, config.actors, progress)
 
-    class Spying(ShardWorker):
-        def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[object]]:
+
+def spying_actor(folder: Path, *, dies_at: int = -1) -> type[ShardActor]:
+    """An actor that writes its threads down, and whose process is killed once, at one shard."""
+
+    class Spying(ShardActor):
+        def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
             import os
             import signal
 
             import torch
 
             seen = {"threads": torch.get_num_threads(), "wait_policy": os.environ.get("OMP_WAIT_POLICY")}
-            self._folder.mkdir(exist_ok=True)
-            (self._folder / f"process-{os.getpid()}.json").write_text(json.dumps(seen))
-            grave = self._folder / "killed"
-            if dies_at and not grave.exists() and str(block["sample_id"][0]) == dies_at:
+            folder.mkdir(exist_ok=True)
+            (folder / f"process-{os.getpid()}.json").write_text(json.dumps(seen))
+            grave = folder / "killed"
+            if not grave.exists() and int(block["shard"][0]) == dies_at:
                 grave.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(block)
@@ -71,8 +79,8 @@ def made(ray_cluster: None, teacher: Teacher, tmp_path_factory: pytest.TempPathF
     shards = open_set(tmp_path_factory.mktemp("shards") / "trajectories", teacher)
     counts: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ShardWorker", spying_worker())
-        precompute(shards, CONFIG, TeacherConfig(), SEED, counts.append)
+        patch.setattr(production, "ShardActor", spying_actor(shards.folder))
+        precompute(shards, CONFIG, counts.append)
     assert sorted(counts) == [6, 16, 16, 16, 16]
     return shards
 
@@ -106,8 +114,8 @@ def test_two_actors_make_what_is_missing_and_survive_a_kill(
     before = {i: files[i].stat().st_mtime_ns for i in (1, 4)}
 
     counts: list[int] = []
-    monkeypatch.setattr(module, "ShardWorker", spying_worker(dies_at="32"))
-    precompute(shards, replace(CONFIG, num_actors=2, cpus_per_actor=1.0), TeacherConfig(), SEED, counts.append)
+    monkeypatch.setattr(production, "ShardActor", spying_actor(folder, dies_at=2))
+    precompute(shards, replace(CONFIG, num_actors=2, cpus_per_actor=1.0), counts.append)
 
     assert (folder / "killed").exists()
     assert counts == [16, 16, 16]
@@ -124,7 +132,7 @@ def test_actors_that_reserve_every_cpu_are_refused(ray_cluster: None, teacher: T
     """Ray Data would wait for ever without a word."""
     config = replace(CONFIG, num_actors=4, cpus_per_actor=1.0)
     with pytest.raises(ValueError, match=r"4 CPUs are asked for by workers, and the Ray cluster has 4: leave at least"):
-        precompute(open_set(tmp_path, teacher, config), config, TeacherConfig(), SEED, lambda _: None)
+        precompute(open_set(tmp_path, teacher, config), config)
 
 
 @pytest.mark.ray
@@ -133,7 +141,7 @@ def test_gpus_that_are_not_there_are_refused(ray_cluster: None, teacher: Teacher
         pytest.skip("this machine has a GPU")
     config = replace(CONFIG, gpus_per_actor=1.0)
     with pytest.raises(ValueError, match="1 GPUs are asked for by workers, and this machine has 0"):
-        precompute(open_set(tmp_path, teacher, config), config, TeacherConfig(), SEED, lambda _: None)
+        precompute(open_set(tmp_path, teacher, config), config)
 
 
 @pytest.mark.ray
@@ -143,9 +151,17 @@ def test_what_an_actor_cannot_write_reaches_the_caller_as_it_is(
     shards = open_set(tmp_path / "trajectories", teacher)
     shards.folder.write_text("a file where the directory should be")
     with pytest.raises(FileExistsError) as caught:
-        precompute(shards, CONFIG, TeacherConfig(), SEED, lambda _: None)
+        precompute(shards, CONFIG)
     assert type(caught.value) is FileExistsError
     assert caught.value.filename == str(shards.folder)
+
+
+def test_without_actors_this_process_makes_the_same_files(teacher: Teacher, tmp_path: Path) -> None:
+    config, counts = replace(CONFIG, num_actors=0), list[int]()
+    shards = open_set(tmp_path / "here", teacher, config)
+    precompute(shards, config, counts.append)
+    assert counts == [16, 16, 16, 16, 6]
+    assert shards.complete and np.array_equal(shards.read(range(5)).values, rows(teacher, CONFIG, 70))
 
 
 @pytest.mark.parametrize("batch_size", [64, 9, 1])

@@ -155,7 +155,9 @@ class Toy:
         self.cast = cast_with(Generator(mean, std), fake_score=self.follower)
         self.probe: Any = Probe.__new__(Probe)
         self.probe.job = SimpleNamespace(stage=stage, train=SimpleNamespace(autocast="none"))
-        self.probe.teacher = SimpleNamespace(shape=(1, 4, 4), num_classes=3, device="cpu")
+        self.probe.teacher = SimpleNamespace(
+            shape=(1, 4, 4), num_classes=3, device="cpu", condition=lambda labels: Condition(labels=labels)
+        )
         self.probe.cast, self.probe.seed = self.cast, 7
         self.probe.config = ProbeConfig(every=1, fake_score_moves=moves)
         player = Player(network=self.follower, config=OptimizerConfig(learning_rate=rate))

@@ -30,6 +30,7 @@ FREE = {
     "train.num_workers",
     "train.cpus_per_worker",
     "train.gpus_per_worker",
+    "train.gradient_checkpointing",
     "train.resident_bytes",
     "train.max_failures",
     "precompute.num_actors",
@@ -48,10 +49,13 @@ WORDS: dict[str, dict[str, Any] | None] = {
     "data.kind": {"data.kind": "folder", "data.path": "/pictures"},
     "data.path": {"data.kind": "folder", "data.path": "/pictures"},
     "data.channels": {"data.channels": 1},
+    "data.split": {"data.kind": "huggingface", "data.path": "owner/set", "data.split": "test"},
+    "data.reference_split": {"data.kind": "huggingface", "data.path": "owner/set", "data.reference_split": "test"},
     "data.fit": {"data.fit": "pad", "data.image_size": 8},
     "train.autocast": {"train.autocast": "bfloat16"},
     "precompute.dtype": {"precompute.dtype": "float32"},
     "precompute.solver": {"precompute.solver": "euler"},
+    "teacher.revision": {"teacher.path": "someone/model", "teacher.revision": "main"},
     "precompute.intervals": {"precompute.intervals": 24},
     "evaluate.features": {"evaluate.features": "inception"},
     "evaluate.grid.kind": {"evaluate.grid.kind": "polynomial", "evaluate.grid.t_max": 0.9},
@@ -108,7 +112,7 @@ def changes_of(key: str, value: Any) -> dict[str, Any] | None:
         return {f"{stage}.perceptual": "digits", f"{stage}.objective.perceptual_weight": 0.5} if sfd else None
     if last == "afs" and key.startswith("stages") and DIGITS.stages[key.split(".")[1]].objective.name == "dmd":
         return {key: True, key.replace("afs", "intervals"): 2}
-    if key.endswith("fake_score.kind"):
+    if key.endswith(("fake_score.kind", "student.kind")):
         return {key: "lora"}
     if "discriminator." in key and last in ("width", "heads"):
         return {key: value * 2}
@@ -266,7 +270,10 @@ def test_chain_and_needs(tmp_path: Path):
         ("name=a/b", "name must be a plain name; given 'a/b'"),
         ("track.enabled=perhaps", "track.enabled: must be true or false; given 'perhaps'"),
         ("data.held_out=many", "data.held_out: must be a number; given 'many'"),
-        ("data.kind=cifar", "data.kind: must be 'digits', 'npz' or 'folder'; given 'cifar'"),
+        (
+            "data.kind=cifar",
+            "data.kind: must be 'digits', 'npz', 'folder', 'parquet', 'webdataset' or 'huggingface'; given 'cifar'",
+        ),
         ("data.channels=2", "data.channels: must be 0, 1 or 3; given 2"),
         ("evaluate.solvers.euler=4", "evaluate.solvers.euler: must be a list; given 4"),
         ("evaluate.solvers.euler=[1, x]", "evaluate.solvers.euler.1: must be a whole number; given 'x'"),
@@ -353,9 +360,9 @@ def test_every_mistake_of_a_file_gets_its_line(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit", "unknown recipe 'digit' (did you mean 'digits'?). Known: digits"),
+        ("digit", "unknown recipe 'digit' (did you mean 'digits'?). Known: cifar10_hd, "),
         ("x.yaml", "recipe file x.yaml does not exist"),
-        ("/", "unknown recipe '/'. Known: digits"),
+        ("/", "unknown recipe '/'. Known: cifar10_hd, "),
     ],
 )
 def test_an_unknown_recipe_is_named_with_those_there_are(name: str, message: str):

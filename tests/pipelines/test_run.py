@@ -53,7 +53,7 @@ def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this was finished already")
 
     monkeypatch.setattr(running, "train_stage", refuse)
-    monkeypatch.setattr(running, "precompute", refuse)
+    monkeypatch.setattr(running, "produce", refuse)
     monkeypatch.setattr(Evaluator, "measure", refuse)
 
 
@@ -315,13 +315,12 @@ def test_a_damaged_shard_is_named_and_made_again(finished: Finished, copied: Fin
         assert shards.missing == [1]
         make_trajectories(finished.recipe, copied.run_dir, shards)
 
-    monkeypatch.setattr(running, "precompute", again)
+    monkeypatch.setattr(running, "produce", again)
     monkeypatch.setattr(running, "start_for", lambda *_: 1)
-    monkeypatch.setattr(running, "stop_ray", lambda: None)
     result = hdistill("precompute", *copied.arguments, *UNTRACKED)
     assert result.exit_code == 0, result.output
     assert "shard part-00001.parquet is missing or damaged" in " ".join(result.output.split())
-    assert "32 of 64 trajectories are there; making the rest" in " ".join(result.output.split())
+    assert "teacher trajectories: 32 of 64 are there; making the rest" in " ".join(result.output.split())
     assert tree(copied.run_dir / "trajectories") == before
 
 

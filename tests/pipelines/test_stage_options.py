@@ -1,5 +1,6 @@
 """What a stage may be made of: a fake score of low rank, a guidance of its own, and chains of stages of every kind."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from hd_core.objectives.turns import Batch
 from hd_core.step import TrainState, only
 from hd_core.types import Condition
 from pipelines import recipe as recipes
-from pipelines.cast import build
+from pipelines.cast import build, new_student
 from pipelines.checkpoints import load_weights, save_weights
 from pipelines.recipe import Recipe
 from pipelines.run import Run
-from pipelines.stages import FakeScoreConfig, StageJob
+from pipelines.stages import StageJob, TuningConfig
 from pipelines.teachers import Teacher
 from pipelines.trainer import StageTrainer, Watch
 from tests.pipelines import tiny
@@ -192,12 +193,13 @@ class TestLowRank:
             assert resumed.players[name].moves == player.moves
         assert job.weights.read_bytes() == follower.job.weights.read_bytes()
 
-    def test_its_weights_load_into_a_fresh_one(self, low_rank: StageJob, follower: StageTrainer, tmp_path: Path):
+    def test_its_weights_are_saved_as_those_of_a_plain_network(self, follower: StageTrainer, tmp_path: Path):
         save_weights(tmp_path / "fake.safetensors", fake_score(follower.state))
-        fresh = fake_score(build(low_rank, follower.teacher)[0])
-        load_weights(tmp_path / "fake.safetensors", fresh)
+        plain = copy.deepcopy(follower.teacher.backbone)
+        load_weights(tmp_path / "fake.safetensors", plain)
         with torch.no_grad():
-            assert torch.equal(fresh(*asked()), fake_score(follower.state)(*asked()))
+            assert torch.allclose(plain(*asked()), fake_score(follower.state)(*asked()), atol=1e-5)
+            assert not torch.allclose(plain(*asked()), follower.teacher.backbone(*asked()), atol=1e-3)
 
     def test_new_adapters_come_from_the_seed_alone(self, low_rank: StageJob, teacher: Teacher):
         made: list[dict[str, Tensor]] = []
@@ -216,7 +218,7 @@ class TestLowRank:
 
     def test_a_full_one_moves_as_a_whole(self, run: Run, teacher: Teacher):
         job = run.job("low_rank")
-        job = replace(job, stage=replace(job.stage, fake_score=FakeScoreConfig()))
+        job = replace(job, stage=replace(job.stage, fake_score=TuningConfig()))
         network = fake_score(build(job, teacher)[0])
         assert all(parameter.requires_grad for parameter in network.parameters())
         assert network.state_dict().keys() == teacher.backbone.state_dict().keys()
@@ -224,9 +226,80 @@ class TestLowRank:
 
     def test_mistakes_are_named(self):
         with pytest.raises(ValueError, match="rank must be at least 1 and alpha positive; given 0 and 32"):
-            FakeScoreConfig(kind="lora", rank=0)
+            TuningConfig(kind="lora", rank=0)
         with pytest.raises(ValueError, match="given 32 and 0"):
-            FakeScoreConfig(kind="lora", alpha=0.0)
+            TuningConfig(kind="lora", alpha=0.0)
+
+
+# A student of low rank
+
+
+class TestStudentOfLowRank:
+    @pytest.fixture(scope="class")
+    def job(self, run: Run, tmp_path_factory: pytest.TempPathFactory) -> StageJob:
+        job = run.job("sfd_2")
+        stage = replace(job.stage, student=TuningConfig(kind="lora", rank=2, alpha=4.0), checkpoint_every=1)
+        return replace(job, stage=stage, folder=str(tmp_path_factory.mktemp("student")))
+
+    @pytest.fixture(scope="class")
+    def whole(self, job: StageJob) -> StageTrainer:
+        return trained(job)
+
+    def test_it_moves_by_adapters_and_new_embeddings_alone(self, whole: StageTrainer, teacher: Teacher):
+        network = whole.state.players["student"].network
+        moving = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        assert moving and all(".lora_" in name or name.startswith("interval.") for name in moving)
+        base, _ = base_and_adapters(network.backbone)  # pyright: ignore[reportArgumentType]
+        assert all(torch.equal(value, base[key]) for key, value in teacher.backbone.state_dict().items())
+
+    def test_what_it_passes_on_is_a_plain_student(self, whole: StageTrainer, teacher: Teacher):
+        """Its adapters are in the weights: the average with adapters and the file without them say the same."""
+        student = new_student(teacher)
+        load_weights(whole.job.weights, student)
+        x, t, condition = asked()
+        with torch.no_grad():
+            average, passed_on = (network(x, t, 0 * t, condition) for network in (whole.state.average, student))
+            fresh = new_student(teacher)(x, t, 0 * t, condition)
+        assert torch.allclose(average, passed_on, atol=1e-5)
+        assert (fresh - passed_on).abs().max() > 1e-3
+
+    def test_a_checkpoint_holds_only_what_moves_and_goes_on_to_the_same_bits(
+        self, job: StageJob, whole: StageTrainer, tmp_path: Path
+    ):
+        job = replace(job, folder=str(tmp_path))
+
+        def stop(at: int) -> None:
+            if at == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of(job, Watch(progress=stop)).run()
+        (file,) = job.checkpoints.glob("*.safetensors")
+        assert not any("base_layer" in key for key in load_file(file))
+        assert trained(job).job.weights.read_bytes() == whole.job.weights.read_bytes()
+
+    def test_another_stage_starts_from_it(self, run: Run, whole: StageTrainer, tmp_path: Path):
+        job = replace(run.job("two_steps"), start_weights=str(whole.job.weights), folder=str(tmp_path))
+        trained(job)
+
+
+def test_gradient_checkpointing_trains_the_same_student(run: Run, tmp_path: Path):
+    plain, again = (
+        trained(replace(run.job("low_rank"), train=train, folder=str(tmp_path / name)))
+        for name, train in (
+            ("plain", run.recipe.train),
+            ("again", replace(run.recipe.train, gradient_checkpointing=True)),
+        )
+    )
+    one, other = load_file(plain.job.weights), load_file(again.job.weights)
+    assert all(torch.allclose(value, other[key], rtol=1e-5, atol=1e-7) for key, value in one.items())
+
+
+def test_exact_derivatives_refuse_gradient_checkpointing(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"stages\.flow\.objective: derivative exact cannot go through train\.gradient"
+    ):
+        recipe_in(tmp_path, "train.gradient_checkpointing=true", "stages.flow.objective.derivative=exact")
 
 
 # Guidance of a stage's own
