@@ -185,6 +185,7 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 @click.option("--stage", required=True, help="The trained stage to sample.")
 @click.option("--num", default=64, show_default=True, help="How many pictures.")
 @click.option("--label", type=int, help="Class of all of them. [default: drawn for each]")
+@click.option("--prompt", "prompts", multiple=True, help="Text, for a teacher that reads it; --num pictures of each.")
 @click.option("--steps", type=int, help="Steps, of a student that is told of them (SFD-v). [default: the stage's own]")
 @click.option("--guidance", "guidance_scale", default=1.0, show_default=True, help="Any but 1 costs double.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noises and labels.")
@@ -198,6 +199,31 @@ def sample(recipe: "Recipe", run_dir: Path, stage: str, **options: Any) -> None:
 
     prepare_process()
     draw(Run(recipe, RunDir(run_dir), _console()), stage, **options)
+
+
+@main.command()
+@_with_recipe
+@click.option("--stage", required=True, help="The trained stage to export.")
+@click.option("--steps", type=int, help="Steps, of a student that is told of them (SFD-v). [default: the stage's own]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def export(recipe: "Recipe", run_dir: Path, stage: str, steps: int | None, out: Path) -> None:
+    """Write a trained stage as a folder that stock diffusers loads and samples, with a model card."""
+    from pipelines.artifacts import RunDir
+    from pipelines.export import export as write
+    from pipelines.process import prepare_process
+    from pipelines.run import Run
+
+    prepare_process()
+    write(Run(recipe, RunDir(run_dir), _console()), stage, out, steps)
+
+
+@main.command()
+@_reads_recipe
+def flops(recipe: "Recipe") -> None:
+    """Count multiply-adds and estimate memory of every phase of RECIPE, without weights, network or GPU."""
+    from pipelines.flops import print_costs
+
+    print_costs(recipe, _console())
 
 
 @main.command()

@@ -1,6 +1,5 @@
 """What a run would do: the resolved recipe, what would be reused, and the cost in network calls and bytes."""
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hd_core.guidance import branches
-from hd_core.objectives.dmd import DMD
 from pipelines.artifacts import RunDir
+from pipelines.calls import calls_per_row
 from pipelines.cast import new_student
+from pipelines.flops import print_costs
+from pipelines.hub import is_fetched, is_hub_name
 from pipelines.recipe import Recipe, to_yaml
 from pipelines.run import Run, check_recipe
-from pipelines.stages import StageConfig
 from pipelines.teachers import Teacher
 
 
@@ -39,6 +39,14 @@ def print_plan(recipe: Recipe, run_dir: Path, console: Console) -> None:
         ValueError: the directory belongs to another recipe.
     """
     console.print(to_yaml(recipe), markup=False, highlight=False)
+    teacher = recipe.teacher
+    if is_hub_name(teacher.path) and not is_fetched(teacher.path, teacher.revision):
+        console.print(
+            f"{teacher.path} is not fetched yet, and a dry run fetches nothing: its costs are counted from its"
+        )
+        console.print("architecture, and nothing is said of what is finished already")
+        print_costs(recipe, console)
+        return
     table = Table("Phase", "Reused", "Network calls", "Bytes kept", "What", title=f"{recipe.name} in {run_dir}")
     items = list(plan(recipe, run_dir))
     for item in items:
@@ -85,28 +93,6 @@ def _stage(job: Run, name: str) -> Item:
 
 def _student_parameters(teacher: Teacher, *, knows_steps: bool) -> int:
     return sum(parameter.numel() for parameter in new_student(teacher, knows_steps=knows_steps).parameters())
-
-
-def calls_per_row(stage: StageConfig) -> int:
-    """Passes of one iteration over a row, to the nearest whole; a backward pass counts as two forward ones."""
-    objective = stage.objective
-    if objective.name == "mean_velocity":
-        return 3
-    if objective.name == "meanflow":
-        return 4 + round(2 * (1 - objective.equal_share))  # the teacher's call, and the derivative where r < t
-    if objective.name == "sfd":
-        taught = 0 if objective.taught_by == "teacher" else objective.start_intervals - objective.start_afs
-        return round(3 * (statistics.mean(objective.counts) - objective.afs)) + taught
-    return _calls_of_dmd(objective)
-
-
-def _calls_of_dmd(objective: DMD) -> int:
-    sampling, adversarial = objective.intervals - objective.afs, objective.adversarial
-    judged = 2 + bool(adversarial.r1_weight) if adversarial.weight else 0
-    through_judge = 3 + (adversarial.loss == "relativistic") if adversarial.weight else 0
-    # The samples are there when the generator moves; its turn adds their backward pass and two scores.
-    generator = 2 * (objective.gradient_steps or sampling) + 2 + through_judge
-    return round(sampling + 3 + judged + generator / objective.update_ratio)
 
 
 def _evaluation(job: Run) -> Item:

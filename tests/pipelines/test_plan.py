@@ -10,7 +10,8 @@ from hd_core.objectives.adversarial import Adversarial
 from hd_core.objectives.dmd import DMD
 from hd_core.objectives.mean_velocity import MeanVelocity
 from hd_core.objectives.sfd import SFD
-from pipelines.plan import Item, calls_per_row, plan, print_plan
+from pipelines.calls import calls_per_row
+from pipelines.plan import Item, plan, print_plan
 from pipelines.recipe import load
 from pipelines.stages import StageConfig
 from tests.pipelines.conftest import Finished
