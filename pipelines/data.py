@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image
+from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from pipelines.data_config import DataConfig as DataConfig
@@ -97,6 +99,13 @@ class DataSplits:
     names and byte sizes of the encoded pictures, with image_size, fit and channels."""
     skipped: tuple[Skipped, ...] = ()
     """Pictures that were left out because they are bad, in the order of the data."""
+
+    def say_skipped(self, console: Console, where: str = "") -> None:
+        """Name the first of the bad pictures, and ``where`` all of them are named."""
+        if self.skipped:
+            first = escape(f"{self.skipped[0].name} ({self.skipped[0].reason})")
+            rest = f"; all are named in {where}" if where else ""
+            console.print(f"[yellow]{len(self.skipped):,} bad pictures are left out, the first {first}{rest}[/]")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

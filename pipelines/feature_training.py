@@ -163,6 +163,7 @@ def learn(
         ValueError: the folder exists already, or the images do not fit the task.
     """
     splits = load_images(data)
+    splits.say_skipped(console)
     with bar(console, "train feature net", config.num_steps) as show:
         quality = make_feature_net(folder, splits, task, config, seed, show)
     console.print(_in_words(quality, len(splits.reference)), highlight=False)

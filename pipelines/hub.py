@@ -42,9 +42,10 @@ def fetched(name: str, revision: str = "") -> Path:
         )
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"{name} is not in the hub's cache, and the hub cannot be reached. Fetch it where there is a network"
+            f"there is no folder {name}, it is not in the hub's cache, and the hub cannot be reached. Fetch it where there is a network"
             f" (hf download {name}), then give its folder as teacher.path"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{name} cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"there is no folder {name}, and it cannot be fetched from the hub: {why}") from None
     return Path(folder)

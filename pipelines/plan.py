@@ -40,7 +40,8 @@ def print_plan(recipe: Recipe, run_dir: Path, console: Console) -> None:
     """
     console.print(to_yaml(recipe), markup=False, highlight=False)
     teacher = recipe.teacher
-    if is_hub_name(teacher.path) and not is_fetched(teacher.path, teacher.revision):
+    named = recipe.teacher_training is None and is_hub_name(teacher.path)
+    if named and not is_fetched(teacher.path, teacher.revision):
         console.print(
             f"{teacher.path} is not fetched yet, and a dry run fetches nothing: its costs are counted from its"
         )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 
 from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
@@ -232,13 +231,10 @@ class Run(Inputs):
 
     def _say_what_is_skipped(self) -> None:
         """Name bad pictures: the first here, all of them in a file."""
-        skipped = self.splits.skipped
-        if not skipped:
-            return
         path = self.dir.path / "skipped_pictures.json"
-        write_json(path, {picture.name: picture.reason for picture in skipped})
-        first = escape(f"{skipped[0].name} ({skipped[0].reason})")
-        self.say(f"[yellow]{len(skipped):,} bad pictures are left out, the first {first}; all are named in {path}[/]")
+        if self.splits.skipped:
+            write_json(path, {picture.name: picture.reason for picture in self.splits.skipped})
+        self.splits.say_skipped(self.console, str(path))
 
     def _open_tracker(self) -> None:
         state = read_json(self.dir.state) or {}

@@ -90,6 +90,7 @@ def teach(path: str, data: DataConfig, config: TeacherTraining | None, seed: int
         raise ValueError("this recipe trains no teacher: give it teacher_training, such as {width: 64, depth: 4}")
     folder = own_folder(path)
     splits = load_images(data)
+    splits.say_skipped(console)
     with bar(console, "train teacher", config.num_steps) as show:
         made = make_teacher(folder, splits, config, seed, show)
     console.print(f"{'wrote' if made else 'there already:'} {path}", highlight=False)
