@@ -44,7 +44,7 @@ from pipelines.architectures import architecture, architecture_folder
 from pipelines.cast import build, new_student
 from pipelines.diffusers_library import diffusers
 from pipelines.flops import count, multiply_adds
-from pipelines.memory import memory
+from pipelines.memory import Estimate, memory
 from pipelines.model_files import read_object
 from pipelines.precompute import noise_seed, solve
 from pipelines.process import default_device, prepare_process
@@ -52,16 +52,11 @@ from pipelines.recipe import TEACHER, Recipe
 from pipelines.stages import StageJob, step_seed
 from pipelines.teachers import Teacher, load_teacher
 
-BATCHES = {"xl": 32, "tiny": 4}
+BATCHES = {"xl": 32, "tiny": 2}
+BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 TINY: dict[str, dict[str, Any]] = {
     "transformer": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 8},
-    "vae": {
-        "block_out_channels": [32, 32],
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "layers_per_block": 1,
-        "sample_size": 16,
-    },
+    "vae": {"block_out_channels": [32, 32], "layers_per_block": 1, "sample_size": 16, **BLOCKS},
 }
 """What differs from the configs of DiT-XL/2."""
 WARM_UP = 2
@@ -71,25 +66,21 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Something to be timed."""
+    """``prepare`` loads networks and returns what is timed: ``rows`` rows of ``macs`` multiply-adds each."""
 
     name: str
     prepare: Callable[[], Call]
-    """Loads networks and returns what is timed."""
     rows: int
-    """Rows of one call, each counted in every iteration."""
     macs: int
-    """Multiply-adds of a row."""
     estimate: int | None = None
     """Estimated peak bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What cases are made of."""
+    """What is asked for, and the folder of the teacher's pipeline."""
 
     folder: Path
-    """The teacher's pipeline."""
     size: str
     batch: int
     device: str
@@ -129,9 +120,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield from in_both(bench, "precompute", prepare, macs["precompute"], estimates["precompute"].peak)
     for recipe in (hd, sfd):
         for name in recipe.stages:
-            found = (own | estimates)[name]
-            for on, bytes_ in ((False, found.peak), (True, found.checkpointed_peak)):
-                yield stage(bench, recipe, name, macs[name], checkpointing=on, estimate=bytes_)
+            yield from stage(bench, recipe, name, macs[name], (own | estimates)[name])
     yield from in_both(bench, "one step", partial(sampling, bench, hd), sampled, own["evaluate"].peak)
 
 
@@ -143,17 +132,16 @@ def in_both(bench: Bench, name: str, prepare: Callable[[], Call], macs: int, est
     yield case(name=f"{name}, bfloat16", prepare=lambda: reduced(prepare()))
 
 
-def stage(bench: Bench, recipe: Recipe, name: str, macs: int, *, checkpointing: bool, estimate: int | None) -> Case:
-    """A stage with or without gradient checkpointing."""
+def stage(bench: Bench, recipe: Recipe, name: str, macs: int, estimate: Estimate) -> Iterator[Case]:
+    """A stage without and with gradient checkpointing."""
     iterations = getattr(recipe.stages[name].objective, "update_ratio", 1)
-    changed = recipes.override(recipe, {"train.gradient_checkpointing": checkpointing})
-    return Case(
-        name=f"{name}, checkpointing" if checkpointing else name,
-        prepare=partial(training, bench, changed, name, iterations),
-        rows=bench.batch * iterations,
-        macs=macs,
-        estimate=estimate,
-    )
+    case = partial(Case, rows=bench.batch * iterations, macs=macs)
+    for title, on, found in (
+        (name, False, estimate.peak),
+        (f"{name}, checkpointing", True, estimate.checkpointed_peak),
+    ):
+        changed = recipes.override(recipe, {"train.gradient_checkpointing": on})
+        yield case(name=title, prepare=partial(training, bench, changed, name, iterations), estimate=found)
 
 
 def solving(bench: Bench, recipe: Recipe) -> Call:
@@ -256,7 +244,7 @@ def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(BATCHES), default="xl" if device == "cuda" else "tiny")
-    parser.add_argument("--batch", type=int, help="rows; 32 for xl and 4 for tiny where it is not given")
+    parser.add_argument("--batch", type=int, help="rows; 32 for xl and 2 for tiny where it is not given")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     prepare_process(None if device == "cuda" else 1)
