@@ -288,7 +288,9 @@ class Evaluator:
 
     def _keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
         labels = self.labels(range(len(pictures))).numpy()
-        write_arrays(self.folder / row.samples, images=pictures, labels=labels)
+        table = self.teacher.prompts
+        prompts = {} if table is None else {"prompts": np.array([table.texts[label] for label in labels])}
+        write_arrays(self.folder / row.samples, images=pictures, labels=labels, **prompts)
         stored = {"inputs": self.inputs(generator), "row": asdict(row)}
         write_json(self.folder / f"{generator.key}.json", stored)
 

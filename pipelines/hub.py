@@ -42,8 +42,8 @@ def fetched(name: str, revision: str = "") -> Path:
         )
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"there is no folder {name}, it is not in the hub's cache, and the hub cannot be reached. Fetch it where there"
-            f" is a network (hf download {name}), then give its folder as teacher.path"
+            f"there is no folder {name}, it is not in the hub's cache, and the hub cannot be reached. Fetch it where"
+            f" there is a network (hf download {name}), then give its folder as teacher.path"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         why = str(error).splitlines()[0]

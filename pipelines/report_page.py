@@ -47,7 +47,9 @@ class _Samples:
     images: figures.Images
     """uint8 (k, h, w, c)."""
     labels: figures.Labels
-    """Class indices (k,)."""
+    """Class indices (k,), or the numbers of prompts."""
+    prompts: tuple[str, ...] = ()
+    """The prompt of each picture, where it was made from text."""
 
 
 def render(report: "Report", run_dir: Path) -> None:
@@ -126,8 +128,9 @@ def _load(row: "Row", folder: Path) -> _Samples:
         raise ValueError("not a plain file name")
     with np.load(folder / row.samples, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
+        prompts = tuple(map(str, arrays["prompts"])) if "prompts" in arrays.files else ()
     figures.check_samples(images, labels)
-    return _Samples(row=row, images=images, labels=labels)
+    return _Samples(row=row, images=images, labels=labels, prompts=prompts)
 
 
 def _load_curves(run_dir: Path, stages: Sequence[str]) -> dict[str, list[dict[str, float]]]:
@@ -163,7 +166,14 @@ def _sheet(samples: Sequence[_Samples]) -> list[_Picture]:
     write = digits([kept.row.fid for kept in same])
     entries = [(kept.row.label, f"FID {write(kept.row.fid)}", kept.images) for kept in same]
     light, dark = (figures.comparison_sheet(entries, same[0].labels, theme=t) for t in (figures.LIGHT, figures.DARK))
-    return [_Picture(name="same_noises", title="The same noises through every generator", light=light, dark=dark)]
+    title = "The same noises through every generator"
+    return [_Picture(name="same_noises", title=title, caption=_prompts(same[0]), light=light, dark=dark)]
+
+
+def _prompts(samples: _Samples) -> str:
+    """What the numbers above the sheet's columns stand for; empty where they are classes."""
+    picks = figures.spread_over_classes(samples.labels, figures.SHEET_COLUMNS) if samples.prompts else []
+    return "; ".join(f"{samples.labels[pick]}: {samples.prompts[pick]}" for pick in picks)
 
 
 def _grid(samples: _Samples) -> _Picture:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -110,6 +112,8 @@ def test_from_a_folder_to_a_report(name: str, tmp_path: Path, feature_net: Calla
     assert rows == [("", 2 * guided), ("sketch", 1), ("refine", 1), ("sfd", 2)]
     assert all(np.isfinite(row["fid"]) for row in report["rows"])
     if name == "sana":
+        page = (tmp_path / "run" / "report.html").read_text()
+        assert "0: dog" in page or "0: cat" in page  # the prompt of the first column
         again = hdistill("run", tmp_path / "tiny.yaml", "--run-dir", tmp_path / "run", *UNTRACKED)
         assert again.exit_code == 0, again.output
         assert "Reused: prompts, latents, precompute, sketch, refine, sfd, evaluate" in " ".join(again.output.split())
@@ -152,3 +156,33 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path: Path, feature_net:
     result = hdistill("train", *asked)
     assert result.exit_code == 2
     assert "latents holds other latents: autoencoder" in " ".join(result.output.split())
+
+
+@pytest.mark.ray
+def test_actors_make_the_same_prompts_and_latents(
+    ray_cluster: None, tmp_path: Path, feature_net: Callable[[int], Path]
+) -> None:
+    PIPELINES["stable_diffusion"](tmp_path / "teacher")
+    pictures(tmp_path / "pictures", captions=True)
+    text = RECIPE.format(
+        teacher=tmp_path / "teacher", data=tmp_path / "pictures", size=16, guidance=1, sketch="meanflow",
+        features=feature_net(16),
+    )  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(text)
+    for actors in (0, 1):
+        asked = (tmp_path / "tiny.yaml", "--run-dir", tmp_path / f"run_{actors}", *UNTRACKED)
+        result = hdistill("precompute", *asked, "--set", f"precompute.num_actors={actors}")
+        assert result.exit_code == 0, result.output
+    for kind in ("prompts", "latents", "trajectories"):
+        here, there = (sorted((tmp_path / f"run_{actors}" / kind).glob("*.parquet")) for actors in (0, 1))
+        assert len(here) == len(there) > 1
+        for one, other in zip(here, there, strict=True):
+            assert_same_rows(pq.read_table(one), pq.read_table(other))
+
+
+def assert_same_rows(one: pa.Table, other: pa.Table) -> None:
+    """Values up to what another number of threads changes in a float16."""
+    assert one.drop_columns("values").equals(other.drop_columns("values"))
+    for a, b in zip(one.column("values"), other.column("values"), strict=True):
+        left, right = (np.frombuffer(value.as_py(), np.float16).astype(float) for value in (a, b))
+        np.testing.assert_allclose(left, right, rtol=2e-3, atol=1e-4)
