@@ -11,11 +11,11 @@ recipes imagenet256_hd and imagenet256_sfd but for the batch:
                  many as lie between two moves of the generator (dmd); SFD-v always in 5 steps, its most
     one step     a student's samples in one step, decoded
 
-Stages run in bfloat16 autocast, as their recipes say. Precompute and sampling run in float32, as a run has them, and in
-bfloat16 autocast too. Multiply-adds are those of `hdistill flops`, to the nearest whole pass; what gradient
-checkpointing computes again does not count. Two operations a multiply-add, as in the card's rate, which is that of an
-8192^3 product in bfloat16 (256^3 on a CPU). Seconds are medians after a warm-up. Measured memory is the most that
-torch held in tensors, estimated memory that of `pipelines.memory`, which has no figure for autocast without gradients.
+Stages run in bfloat16 autocast, as their recipes say; precompute and sampling in float32, as a run has them, and in
+bfloat16 autocast too. Rows of a stage are those of its iterations. Multiply-adds are those of `hdistill flops`, to the
+nearest whole pass; what checkpointing computes again does not count. Each is two operations, as in the card's rate, of
+an 8192^3 product in bfloat16 (256^3 on a CPU). Seconds are medians after a warm-up; the measured peak is that of
+torch's tensors, the estimate that of `pipelines.memory`, which has none for autocast without gradients.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from pipelines.memory import Estimate, memory
 from pipelines.model_files import read_object
 from pipelines.precompute import noise_seed, solve
 from pipelines.process import default_device, prepare_process
-from pipelines.recipe import TEACHER, Recipe
+from pipelines.recipe import Recipe
 from pipelines.stages import StageJob, step_seed
 from pipelines.teachers import Teacher, load_teacher
 
@@ -60,20 +60,19 @@ TINY: dict[str, dict[str, Any]] = {
 }
 """What differs from the configs of DiT-XL/2."""
 WARM_UP = 2
-
+COLUMNS = ("rows_per_second", "tflops", "share", "peak_gib", "estimated_gib")
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """``prepare`` loads networks and returns what is timed: ``rows`` rows of ``macs`` multiply-adds each."""
+    """``prepare`` loads networks and returns what is timed, ``rows`` of ``macs`` each; ``estimate`` is in bytes."""
 
     name: str
     prepare: Callable[[], Call]
     rows: int
     macs: int
     estimate: int | None = None
-    """Estimated peak bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +113,13 @@ def cases(bench: Bench) -> Iterator[Case]:
     hd = bench.recipe("imagenet256_hd")
     sfd = bench.recipe("imagenet256_sfd", "stages.sfd_v.objective.step_counts=[5]")
     macs = {phase: row for recipe in (hd, sfd) for phase, (_, row) in multiply_adds(recipe, arithmetic).items()}
-    sampled = arithmetic.student_macs + arithmetic.decoder_macs
-    estimates, own = memory(sfd, built), memory(hd, built)
-    prepare = partial(solving, bench, sfd)
-    yield from in_both(bench, "precompute", prepare, macs["precompute"], estimates["precompute"].peak)
+    one_step = arithmetic.student_macs + arithmetic.decoder_macs
+    found = memory(sfd, built) | memory(hd, built)  # of sampling, that of a student without embedded steps
+    yield from in_both(bench, "precompute", partial(solving, bench, sfd), macs["precompute"], found["precompute"].peak)
     for recipe in (hd, sfd):
         for name in recipe.stages:
-            yield from stage(bench, recipe, name, macs[name], (own | estimates)[name])
-    yield from in_both(bench, "one step", partial(sampling, bench, hd), sampled, own["evaluate"].peak)
+            yield from stage(bench, recipe, name, macs[name], found[name])
+    yield from in_both(bench, "one step", partial(sampling, bench, hd), one_step, found["evaluate"].peak)
 
 
 def in_both(bench: Bench, name: str, prepare: Callable[[], Call], macs: int, estimate: int) -> Iterator[Case]:
@@ -136,12 +134,9 @@ def stage(bench: Bench, recipe: Recipe, name: str, macs: int, estimate: Estimate
     """A stage without and with gradient checkpointing."""
     iterations = getattr(recipe.stages[name].objective, "update_ratio", 1)
     case = partial(Case, rows=bench.batch * iterations, macs=macs)
-    for title, on, found in (
-        (name, False, estimate.peak),
-        (f"{name}, checkpointing", True, estimate.checkpointed_peak),
-    ):
-        changed = recipes.override(recipe, {"train.gradient_checkpointing": on})
-        yield case(name=title, prepare=partial(training, bench, changed, name, iterations), estimate=found)
+    for title, peak in ((name, estimate.peak), (f"{name}, checkpointing", estimate.checkpointed_peak)):
+        changed = recipes.override(recipe, {"train.gradient_checkpointing": title != name})
+        yield case(name=title, prepare=partial(training, bench, changed, name, iterations), estimate=peak)
 
 
 def solving(bench: Bench, recipe: Recipe) -> Call:
@@ -168,8 +163,8 @@ def training(bench: Bench, recipe: Recipe, name: str, iterations: int) -> Call:
 def job_of(recipe: Recipe, name: str) -> StageJob:
     """A stage without files: nothing of what it reads is there, and nothing is written."""
     asked, files = recipe.stages[name], dict[str, Any](folder="", start_weights="", trajectories=None, images=None)
-    knows = asked.start != TEACHER and recipe.knows_steps(asked.start)
     about = dict[str, Any](train=recipe.train, teacher=recipe.teacher, seed=recipe.seed, inputs={})
+    knows = asked.start != recipes.TEACHER and recipe.knows_steps(asked.start)
     return StageJob(name=name, stage=asked, start_knows_steps=knows, **about, **files)
 
 
@@ -215,28 +210,27 @@ def figures(case: Case, bench: Bench, rate: float) -> dict[str, float | None]:
     """What is printed of a case; the estimate alone where the card's memory does not suffice."""
     gc.collect()  # the networks of the case before
     torch.cuda.empty_cache()
-    names = ("rows_per_second", "tflops", "share", "peak_gib")
-    values: list[float | None] = [None] * len(names)
+    found: dict[str, float | None] = dict.fromkeys(COLUMNS)
+    found["estimated_gib"] = case.estimate and case.estimate / 2**30
     with suppress(torch.OutOfMemoryError):
         rows = case.rows / seconds(case.prepare(), bench.device, bench.repeats)
         peak = torch.cuda.max_memory_allocated() / 2**30 if bench.device == "cuda" else None
-        values = [rows, 2 * case.macs * rows / 1e12, 2 * case.macs * rows / rate, peak]
-    found = dict(zip(names, values, strict=True)) | {"estimated_gib": case.estimate and case.estimate / 2**30}
+        speed = 2 * case.macs * rows
+        found |= {"rows_per_second": rows, "tflops": speed / 1e12, "share": speed / rate, "peak_gib": peak}
     return {name: None if value is None else float(f"{value:.4g}") for name, value in found.items()}
 
 
 def report(bench: Bench) -> dict[str, Any]:
     """Time every case and print its line of the table."""
     rate, measured = matmul_rate(bench.device), dict[str, dict[str, float | None]]()
-    device = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
-    print(f"{device}, size {bench.size}, batch {bench.batch}; bfloat16 products: {rate / 1e12:.4g} TFLOP/s\n")
+    device, products = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU", float(f"{rate / 1e12:.4g}")
+    print(f"{device}, size {bench.size}, batch {bench.batch}; bfloat16 products: {products} TFLOP/s\n")
     print("| | rows/s | TFLOP/s | share of products | peak, GiB | estimated, GiB |\n|---|---|---|---|---|---|")
     for case in cases(bench):
         found = measured[case.name] = figures(case, bench, rate)
         cells = ["-" if value is None else f"{value:g}" for value in found.values()]
         print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
-    about = {"device": device, "size": bench.size, "batch": bench.batch, "matmul_tflops": float(f"{rate / 1e12:.4g}")}
-    return {**about, "cases": measured}
+    return {"device": device, "size": bench.size, "batch": bench.batch, "matmul_tflops": products, "cases": measured}
 
 
 def main() -> None:

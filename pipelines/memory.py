@@ -120,10 +120,12 @@ class _Stages:
         )
 
     def _weights(self, name: str) -> int:
-        stage, student = self.recipe.stages[name], student_parameters(self.recipe, name, self.built)
+        stage, network = self.recipe.stages[name], self.built.network
+        whole = student_parameters(self.recipe, name, self.built)
+        student = _tuned(stage.student, network) + _MOVING * (whole - parameters(network))
         copies = 2 if "start" in stage.objective.needs else 1  # the average, and the frozen weights that it starts from
-        fake = _fake_score(stage.fake_score, self.built.network) if "fake_score" in stage.objective.players else 0
-        return _frozen(self.built) + (_MOVING + copies * _FLOAT32) * student + fake
+        fake = _tuned(stage.fake_score, network) if "fake_score" in stage.objective.players else 0
+        return _frozen(self.built) + student + copies * _FLOAT32 * whole + fake
 
     def _activations(self, name: str, *, checkpointing: bool) -> int:
         stage = self.recipe.stages[name]
@@ -143,8 +145,8 @@ class _Stages:
         return waiting + max(own.peak, teacher, seen)
 
 
-def _fake_score(config: TuningConfig, network: nn.Module) -> int:
-    """Bytes of the fake score's weights: all moving, or frozen ones with adapters."""
+def _tuned(config: TuningConfig, network: nn.Module) -> int:
+    """Bytes of a network that is trained: all of it moving, or frozen with adapters that move."""
     if config.kind == "full":
         return _MOVING * parameters(network)
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]

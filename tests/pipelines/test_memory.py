@@ -129,10 +129,12 @@ def test_weights_of_each_stage_by_hand(digits: Architecture, plain: dict[str, Es
 def test_adapters_and_a_second_copy_of_the_start(tmp_path: Path, digits: Architecture, plain: dict[str, Estimate]):
     adapted = ("stages.refine.fake_score.kind=lora", "stages.refine.fake_score.rank=4")
     own = ("stages.sfd_2.objective.taught_by=start", "stages.sfd_2.objective.start_intervals=4")
-    found = memory(tiny_recipe(tmp_path, *adapted, *own), digits)
+    student = ("stages.sketch.student.kind=lora", "stages.sketch.student.rank=4")
+    found = memory(tiny_recipe(tmp_path, *adapted, *own, *student), digits)
     t = parameters(digits.network)
     ends = sum(sum(module.weight.shape) for module in digits.network.modules() if isinstance(module, nn.Linear))
     assert plain["refine"].weights - found["refine"].weights == 16 * t - (4 * t + 16 * 4 * ends)
+    assert plain["sketch"].weights - found["sketch"].weights == 16 * t - (4 * t + 16 * 4 * ends)
     assert found["sfd_2"].weights - plain["sfd_2"].weights == 4 * (t + parameters(ScalarEmbedding(64)))
 
 
