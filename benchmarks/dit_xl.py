@@ -15,7 +15,8 @@ Stages run in bfloat16 autocast, as their recipes say; precompute and sampling i
 bfloat16 autocast too. Rows of a stage are those of its iterations. Multiply-adds are those of `hdistill flops`, to the
 nearest whole pass; what checkpointing computes again does not count. Each is two operations, as in the card's rate, of
 an 8192^3 product in bfloat16 (256^3 on a CPU). Seconds are medians after a warm-up; the measured peak is that of
-torch's tensors, the estimate that of `pipelines.memory`, which has none for autocast without gradients.
+torch's tensors, the estimate that of `pipelines.memory`, which has none for autocast without gradients. What does not
+fit into the card has its estimate alone.
 """
 
 import argparse
@@ -54,12 +55,12 @@ from pipelines.teachers import Teacher, load_teacher
 
 BATCHES = {"xl": 32, "tiny": 2}
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-TINY: dict[str, dict[str, Any]] = {
+TINY = {  # what differs from the configs of DiT-XL/2
     "transformer": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 8},
     "vae": {"block_out_channels": [32, 32], "layers_per_block": 1, "sample_size": 16, **BLOCKS},
 }
-"""What differs from the configs of DiT-XL/2."""
 WARM_UP = 2
+NO_FILES: dict[str, Any] = {"folder": "", "start_weights": "", "trajectories": None, "images": None, "inputs": {}}
 COLUMNS = ("rows_per_second", "tflops", "share", "peak_gib", "estimated_gib")
 Call = Callable[[], object]
 
@@ -101,8 +102,7 @@ def save_pipeline(folder: Path, size: str, device: str) -> None:
     for part, changes in TINY.items() if size == "tiny" else ():
         config = folder / part / "config.json"
         config.write_text(json.dumps(read_object(config) | changes))
-    library: Any = diffusers()
-    built = architecture(str(folder), device)
+    library, built = diffusers(), architecture(str(folder), device)
     scheduler = library.DDIMScheduler.from_pretrained(folder / "scheduler")
     library.DiTPipeline(built.network, built.autoencoder, scheduler).save_pretrained(folder)
 
@@ -110,23 +110,21 @@ def save_pipeline(folder: Path, size: str, device: str) -> None:
 def cases(bench: Bench) -> Iterator[Case]:
     """All of them; each loads its networks when its turn comes."""
     arithmetic, built = count(str(bench.folder)), architecture(str(bench.folder))
-    hd = bench.recipe("imagenet256_hd")
-    sfd = bench.recipe("imagenet256_sfd", "stages.sfd_v.objective.step_counts=[5]")
+    hd, sfd = bench.recipe("imagenet256_hd"), bench.recipe("imagenet256_sfd", "stages.sfd_v.objective.step_counts=[5]")
     macs = {phase: row for recipe in (hd, sfd) for phase, (_, row) in multiply_adds(recipe, arithmetic).items()}
-    one_step = arithmetic.student_macs + arithmetic.decoder_macs
     found = memory(sfd, built) | memory(hd, built)  # of sampling, that of a student without embedded steps
     yield from in_both(bench, "precompute", partial(solving, bench, sfd), macs["precompute"], found["precompute"].peak)
     for recipe in (hd, sfd):
         for name in recipe.stages:
             yield from stage(bench, recipe, name, macs[name], found[name])
-    yield from in_both(bench, "one step", partial(sampling, bench, hd), one_step, found["evaluate"].peak)
+    macs["evaluate"] = arithmetic.student_macs + arithmetic.decoder_macs
+    yield from in_both(bench, "one step", partial(sampling, bench, hd), macs["evaluate"], found["evaluate"].peak)
 
 
 def in_both(bench: Bench, name: str, prepare: Callable[[], Call], macs: int, estimate: int) -> Iterator[Case]:
     """A case in float32 and in bfloat16 autocast."""
-    case = partial(Case, rows=bench.batch, macs=macs)
+    case, reduced = partial(Case, rows=bench.batch, macs=macs), torch.autocast(bench.device, torch.bfloat16)
     yield case(name=f"{name}, float32", prepare=prepare, estimate=estimate)
-    reduced = torch.autocast(bench.device, torch.bfloat16)
     yield case(name=f"{name}, bfloat16", prepare=lambda: reduced(prepare()))
 
 
@@ -148,24 +146,18 @@ def solving(bench: Bench, recipe: Recipe) -> Call:
 
 def training(bench: Bench, recipe: Recipe, name: str, iterations: int) -> Call:
     """Some iterations of a stage whose student starts as the teacher."""
-    job, teacher = job_of(recipe, name), load_teacher(recipe.teacher).to(bench.device)
+    asked, teacher = recipe.stages[name], load_teacher(recipe.teacher).to(bench.device)
+    knows = asked.start != recipes.TEACHER and recipe.knows_steps(asked.start)
+    about = {"train": recipe.train, "teacher": recipe.teacher, "seed": recipe.seed, "start_knows_steps": knows}
+    job = StageJob(name=name, stage=asked, **about, **NO_FILES)
     state, cast = build(job, teacher)
-    batch = batch_of(bench, recipe, teacher)
+    batch, rows = batch_of(bench, recipe, teacher), slice(0, bench.batch)
 
     def step() -> None:
-        seed = step_seed(job, state.step)
-        draws = Draws(seed=seed, rows=slice(0, bench.batch), total=bench.batch, device=bench.device)
-        train_step(state, job.stage.objective, cast, batch, draws, progress=0.0)
+        draws = Draws(seed=step_seed(job, state.step), rows=rows, total=bench.batch, device=bench.device)
+        train_step(state, asked.objective, cast, batch, draws, progress=0.0)
 
     return lambda: [step() for _ in range(iterations)]
-
-
-def job_of(recipe: Recipe, name: str) -> StageJob:
-    """A stage without files: nothing of what it reads is there, and nothing is written."""
-    asked, files = recipe.stages[name], dict[str, Any](folder="", start_weights="", trajectories=None, images=None)
-    about = dict[str, Any](train=recipe.train, teacher=recipe.teacher, seed=recipe.seed, inputs={})
-    knows = asked.start != recipes.TEACHER and recipe.knows_steps(asked.start)
-    return StageJob(name=name, stage=asked, start_knows_steps=knows, **about, **files)
 
 
 def batch_of(bench: Bench, recipe: Recipe, teacher: Teacher) -> Batch:
@@ -238,16 +230,16 @@ def main() -> None:
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(BATCHES), default="xl" if device == "cuda" else "tiny")
-    parser.add_argument("--batch", type=int, help="rows; 32 for xl and 2 for tiny where it is not given")
+    parser.add_argument("--batch", type=int, help=f"rows; where it is not given {BATCHES}")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     prepare_process(None if device == "cuda" else 1)
     torch.manual_seed(0)
     batch, repeats = options.batch or BATCHES[options.size], 3 if options.quick else 10
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made) / "teacher"
-        save_pipeline(folder, options.size, device)
-        found = report(Bench(folder=folder, size=options.size, batch=batch, device=device, repeats=repeats))
+        teacher = Path(made) / "teacher"
+        save_pipeline(teacher, options.size, device)
+        found = report(Bench(folder=teacher, size=options.size, batch=batch, device=device, repeats=repeats))
     if device == "cpu":
         print("\nNo claim is made on a CPU: these lines show that the benchmark runs. Shares may be above 1 there.")
     print(json.dumps(found))

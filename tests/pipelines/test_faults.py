@@ -89,7 +89,7 @@ def _curve(stage: Path) -> list[dict[str, float]]:
 @pytest.mark.timeout(600)
 def test_what_was_finished_before_a_kill_is_said_to_be_reused(survivor: tuple[Path, dict[str, str]]) -> None:
     _, printed = survivor
-    assert "precompute: 32 of 64 trajectories are there; making the rest" in printed["sketch"]
+    assert "teacher trajectories: 32 of 64 are there; making the rest" in printed["sketch"]
     assert "damaged" not in "".join(printed.values())
     phases = list(KILLS)
     for number, phase in enumerate(phases[1:], start=1):
