@@ -6,17 +6,16 @@ The teacher is DiT-XL/2 for 256x256 images with random weights and the autoencod
 diffusers and read by `pipelines.teachers.load_teacher`. What is timed is what a run calls, with the settings of the
 recipes imagenet256_hd and imagenet256_sfd but for the batch:
 
-    precompute   `pipelines.precompute.solve` of one batch: whole trajectories, of the recipe's 60 intervals
+    precompute   `pipelines.precompute.solve` of one batch: whole trajectories, of 60 intervals (tiny: 5)
     a stage      iterations of `hd_core.step.train_step` on networks from `pipelines.cast.build`, on random latents; as
                  many as lie between two moves of the generator (dmd); SFD-v always in 5 steps, its most
     one step     a student's samples in one step, decoded
 
 Stages run in bfloat16 autocast, as their recipes say; precompute and sampling in float32, as a run has them, and in
-bfloat16 autocast too. Rows of a stage are those of its iterations. Multiply-adds are those of `hdistill flops`, to the
-nearest whole pass; what checkpointing computes again does not count. Each is two operations, as in the card's rate, of
-an 8192^3 product in bfloat16 (256^3 on a CPU). Seconds are medians after a warm-up; the measured peak is that of
-torch's tensors, the estimate that of `pipelines.memory`, which has none for autocast without gradients. What does not
-fit into the card has its estimate alone.
+autocast too. Rows of a stage are those of its iterations. Multiply-adds are those of `hdistill flops`, to the nearest
+whole pass; what checkpointing computes again does not count. Each is two operations, as in the card's rate, of an
+8192^3 product in bfloat16 (256^3 on a CPU). Seconds are medians after a warm-up; the peak is that of torch's tensors,
+the estimate that of `pipelines.memory` (float32 only for the first and last). What does not fit has an estimate alone.
 """
 
 import argparse
@@ -59,6 +58,7 @@ TINY = {  # what differs from the configs of DiT-XL/2
     "transformer": {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 8},
     "vae": {"block_out_channels": [32, 32], "layers_per_block": 1, "sample_size": 16, **BLOCKS},
 }
+TINY_SETTINGS = {"hd": "stages.refine.discriminator.layers=[0, 1]", "sfd": "precompute.intervals=5"}
 WARM_UP = 2
 NO_FILES: dict[str, Any] = {"folder": "", "start_weights": "", "trajectories": None, "images": None, "inputs": {}}
 COLUMNS = ("rows_per_second", "tflops", "share", "peak_gib", "estimated_gib")
@@ -87,13 +87,13 @@ class Bench:
     repeats: int
 
     def recipe(self, name: str, *settings: str) -> Recipe:
-        """A shipped recipe for one process, this teacher and this batch."""
-        stages = recipes.load(name).stages
+        """A recipe for one process, this teacher and this batch."""
+        stages = [f"stages.{stage}.batch_size" for stage in recipes.load(f"imagenet256_{name}").stages]
         keys = ("precompute.num_samples", "precompute.shard_rows", "precompute.batch_size", "evaluate.batch_size")
-        rows = [f"{key}={self.batch}" for key in (*keys, *(f"stages.{stage}.batch_size" for stage in stages))]
+        rows = [f"{key}={self.batch}" for key in (*keys, *stages)]
         here = [f"teacher.path={self.folder}", "train.num_workers=0", "evaluate.guidance_scales=[1]"]
-        shallow = ["stages.refine.discriminator.layers=[0, 1]"] if self.size == "tiny" and "refine" in stages else []
-        return recipes.load(name, [*here, *rows, *shallow, *settings])
+        small = [TINY_SETTINGS[name]] if self.size == "tiny" else []
+        return recipes.load(f"imagenet256_{name}", [*here, *rows, *settings, *small])
 
 
 def save_pipeline(folder: Path, size: str, device: str) -> None:
@@ -110,7 +110,7 @@ def save_pipeline(folder: Path, size: str, device: str) -> None:
 def cases(bench: Bench) -> Iterator[Case]:
     """All of them; each loads its networks when its turn comes."""
     arithmetic, built = count(str(bench.folder)), architecture(str(bench.folder))
-    hd, sfd = bench.recipe("imagenet256_hd"), bench.recipe("imagenet256_sfd", "stages.sfd_v.objective.step_counts=[5]")
+    hd, sfd = bench.recipe("hd"), bench.recipe("sfd", "stages.sfd_v.objective.step_counts=[5]")
     macs = {phase: row for recipe in (hd, sfd) for phase, (_, row) in multiply_adds(recipe, arithmetic).items()}
     found = memory(sfd, built) | memory(hd, built)  # of sampling, that of a student without embedded steps
     yield from in_both(bench, "precompute", partial(solving, bench, sfd), macs["precompute"], found["precompute"].peak)

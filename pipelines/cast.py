@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from pipelines.checkpoints import load_weights
 from pipelines.perceptual import load_perceptual
 from pipelines.stages import StageJob, TuningConfig
 from pipelines.teachers import Teacher
+
+T = TypeVar("T", Tensor, list[Tensor])
 
 
 def build(
@@ -58,7 +60,7 @@ def build(
         student=in_precision(networks["student"], dtype),
         fake_score=in_precision(networks["fake_score"], dtype) if "fake_score" in networks else None,
         discriminator=networks.get("discriminator"),
-        features=features,
+        features=None if features is None else in_precision(features, dtype),
         start=in_precision(frozen_copy(student), dtype) if "start" in stage.objective.needs else None,
         perceptual=load_perceptual(job.perceptual, teacher.device).distance if job.perceptual else None,
         null_condition=None if teacher.null_condition is None else teacher.null_condition.to(teacher.device),
@@ -124,13 +126,14 @@ def _seeded(job: StageJob, network: PlayerName) -> Iterator[None]:
         yield
 
 
-def in_precision(network: Callable[..., Tensor], autocast: str) -> Callable[..., Tensor]:
-    """The network with its products in bfloat16 where that is asked for; what it returns is float32."""
+def in_precision(network: Callable[..., T], autocast: str) -> Callable[..., T]:
+    """The network with its products in bfloat16 where that is asked for; tensors that it returns are float32."""
     if autocast == "none":
         return network
 
-    def reduced(x: Tensor, *rest: Any) -> Tensor:
+    def reduced(x: Tensor, *rest: Any) -> Any:
         with torch.autocast(x.device.type, torch.bfloat16):
-            return network(x, *rest).float()
+            found: Any = network(x, *rest)
+        return found.float() if isinstance(found, Tensor) else [part.float() for part in found]
 
     return reduced

@@ -129,7 +129,10 @@ def multiply_adds(recipe: Recipe, arithmetic: Arithmetic) -> dict[str, tuple[int
         calls = precompute.calls_per_sample * branches(recipe.teacher.guidance_scale)
         found["precompute"] = precompute.num_samples, calls * arithmetic.teacher_macs
     for name, stage in recipe.stages.items():
-        found[name] = stage.num_steps * stage.batch_size, calls_per_row(stage) * arithmetic.student_macs
+        found[name] = (
+            stage.num_steps * stage.batch_size,
+            calls_per_row(stage, stage.guided(recipe.teacher)) * arithmetic.student_macs,
+        )
     return {**found, "evaluate": (recipe.evaluate.num_samples, _sample_of_all(recipe, arithmetic))}
 
 

@@ -141,7 +141,7 @@ class _Stages:
     def _matching(self, objective: DMD, rows: int, teacher: int, own: Activations, checkpointing: bool) -> int:
         """Where the generator moves, the graph of its samples waits for the other players' turns."""
         waiting = (objective.gradient_steps or objective.intervals - objective.afs) * own.kept
-        seen = self._pass(rows, checkpointing=checkpointing, frozen=True).peak if objective.adversarial.weight else 0
+        seen = self._pass(rows, checkpointing=False, frozen=True).peak if objective.adversarial.weight else 0
         return waiting + max(own.peak, teacher, seen)
 
 

@@ -86,7 +86,7 @@ def _stage(job: Run, name: str) -> Item:
     return Item(
         phase=name,
         reused="all" if done else "-",
-        calls=0 if done else stage.num_steps * stage.batch_size * calls_per_row(stage),
+        calls=0 if done else stage.num_steps * stage.batch_size * calls_per_row(stage, job.job(name).guidance_scale),
         bytes=4 * _student_parameters(job.teacher, knows_steps=job.recipe.knows_steps(name)),
         what=f"{stage.objective.name} from {stage.start}, {stage.num_steps} steps of {stage.batch_size}",
     )
