@@ -13,7 +13,7 @@ from pipelines.precompute import PrecomputeConfig
 from pipelines.prompts import load_prompts
 from pipelines.prompts_table import Vocabulary, write_prompts
 from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, tensor_table
-from pipelines.teachers import Teacher, TeacherConfig, load_teacher, text_files
+from pipelines.teachers import Teacher, TeacherConfig, load_codec, text_files
 from pipelines.text import TextFiles
 
 # Latents
@@ -54,7 +54,7 @@ class LatentMaker:
         images: DataConfig | LazyPixels,
         labels: np.ndarray,
     ) -> None:
-        codec = load_teacher(teacher).codec
+        codec = load_codec(teacher)
         assert codec is not None
         self._codec, self._shards, self._config = codec.to(device), shards, config
         self._images = load_images(images).train.images if isinstance(images, DataConfig) else images

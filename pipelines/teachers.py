@@ -25,7 +25,16 @@ from pipelines.prompts_table import PromptTable
 from pipelines.shards import ShardSet
 from pipelines.text import TextFiles
 
-__all__ = ["EMBEDDED", "Teacher", "TeacherConfig", "embedded", "load_teacher", "save_native", "text_files"]
+__all__ = [
+    "EMBEDDED",
+    "Teacher",
+    "TeacherConfig",
+    "embedded",
+    "load_codec",
+    "load_teacher",
+    "save_native",
+    "text_files",
+]
 
 EMBEDDED = Path(__file__).parent / "assets" / "teachers"
 """Teachers that come with the package, a folder each."""
@@ -74,6 +83,11 @@ def load_teacher(config: TeacherConfig, prompts: ShardSet | None = None) -> Teac
 def text_files(config: TeacherConfig) -> TextFiles:
     """The text encoder of a teacher that reads text. ValueError where it has none that is served."""
     return TextFiles.of(ModelFiles.of(teacher_folder(config)).folder)
+
+
+def load_codec(config: TeacherConfig) -> LatentCodec | None:
+    """The autoencoder of a teacher without the teacher. ValueError where it cannot be served."""
+    return _codec(config, ModelFiles.of(teacher_folder(config)))
 
 
 def _codec(config: TeacherConfig, source: ModelFiles) -> LatentCodec | None:
