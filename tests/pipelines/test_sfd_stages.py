@@ -338,7 +338,7 @@ def test_mistakes_in_a_recipe_are_named(tmp_path: Path, setting: str, message: s
 
 
 def test_a_teacher_without_no_class_is_refused_before_anything_is_done(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipelines.run.load_teacher", lambda _: replace(run.teacher, null_condition=None))
+    monkeypatch.setattr("pipelines.inputs.load_teacher", lambda _: replace(run.teacher, null_condition=None))
     with pytest.raises(ValueError, match=r'evaluate\.guidance_scales needs a teacher that knows "no class"'):
         _ = tiny.open_run(run.recipe, run.dir.path).teacher
 
