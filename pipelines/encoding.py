@@ -1,18 +1,18 @@
 """Latents of real images and embeddings of prompts, made once, with what they are made by in every shard."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.artifacts import fingerprint
 from pipelines.data import DataConfig, DataSplits, ImageSet, load_images, to_model
 from pipelines.latents import pixels_hash
 from pipelines.lazy import LazyPixels
 from pipelines.precompute import PrecomputeConfig
 from pipelines.prompts import load_prompts
 from pipelines.prompts_table import Vocabulary, write_prompts
-from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, tensor_table
+from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, in_dtype, tensor_table
 from pipelines.teachers import Teacher, TeacherConfig, load_codec, text_files
 from pipelines.text import TextFiles
 
@@ -76,13 +76,8 @@ class LatentMaker:
         return commit_table(self._shards.folder, spec, index, table.append_column("pixels_sha256", hashes))
 
     def _encoded(self, pixels: np.ndarray) -> np.ndarray:
-        stored = self._codec.encode(to_model(pixels))
-        if not stored.abs().amax() <= np.finfo(self._config.dtype).max:
-            raise ValueError(
-                f"latents lie outside the range of {self._config.dtype}: set precompute.dtype=float32, and check"
-                " teacher.vae"
-            )
-        return stored.cpu().numpy().astype(self._config.dtype)
+        latents = self._codec.encode(to_model(pixels)).cpu().numpy()
+        return in_dtype(latents, self._config.dtype, "latents", ", and check teacher.vae")
 
 
 # Prompts
@@ -114,7 +109,7 @@ def prompt_spec(config: PrecomputeConfig, teacher: Teacher, files: TextFiles, vo
         shape=(teacher.text_width,),
         inputs={
             "text_encoder": files.fingerprint,
-            "prompts": hashlib.sha256(repr(vocabulary.texts).encode()).hexdigest(),
+            "prompts": fingerprint(vocabulary.texts),
             "num_training": vocabulary.num_training,
         },
         details={"length": files.length, "layout": ["token", "feature"]},

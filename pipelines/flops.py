@@ -18,24 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
 from hd_core.solvers import SOLVERS
-from pipelines.architectures import Architecture, architecture, architecture_folder, shipped
+from pipelines.architectures import Architecture, architecture
 from pipelines.calls import calls_per_row
 from pipelines.memory import Estimate, interval_embedding, memory, parameters
 from pipelines.recipe import Recipe
-from pipelines.stages import sampling_grid
-
-__all__ = [
-    "Arithmetic",
-    "PhaseCost",
-    "architecture",
-    "architecture_folder",
-    "count",
-    "memory",
-    "phases",
-    "print_costs",
-    "shipped",
-    "speedup",
-]
+from pipelines.stages import measured_steps, sampling_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +141,7 @@ def teacher_calls(recipe: Recipe) -> list[int]:
 def student_calls(recipe: Recipe, name: str) -> list[int]:
     """Network calls an image of a stage's student, at each guidance and number of steps that is measured."""
     stage, asked = recipe.stages[name], recipe.evaluate
-    counts = sorted({*stage.step_counts, *asked.step_counts}) if stage.step_counts else [None]
-    steps = [len(sampling_grid(name, stage, given)) - 1 for given in counts]
+    steps = [len(sampling_grid(name, stage, given)) - 1 for given in measured_steps(stage, asked.step_counts)]
     afs = first_step_is_analytical(stage.objective)
     return [(some - afs) * branches(scale) for scale, some in product(asked.guidance_scales, steps)]
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hd_core.types import Condition
-from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table
+from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, in_dtype
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +51,7 @@ class PromptTable:
         )
 
     def condition(self, labels: Int[Tensor, " b"]) -> Condition:
-        """Embeddings of the labels' prompts, padded at the right; the mask is absent where every row is full."""
+        """Embeddings of the labels' prompts, padded at the right; the mask tells text from padding."""
         rows = [self.embeddings[label] for label in labels.tolist()]
         padded = torch.zeros(len(rows), self.length, rows[0].shape[1])
         mask = torch.zeros(len(rows), self.length, dtype=torch.bool)
@@ -73,10 +73,7 @@ def write_prompts(
     Raises:
         ValueError: an embedding does not fit into the stored dtype.
     """
-    largest = max(float(np.abs(embedding).max()) for embedding in embeddings)
-    if not largest <= np.finfo(spec.dtype).max:
-        raise ValueError(f"text embeddings lie outside the range of {spec.dtype}: set precompute.dtype=float32")
-    stored = [embedding.astype(spec.dtype) for embedding in embeddings]
+    stored = [in_dtype(embedding, spec.dtype, "text embeddings") for embedding in embeddings]
     columns = {
         "sample_id": pa.array(spec.ids(index), pa.int64()),
         "prompt": pa.array(texts, pa.string()),

@@ -29,7 +29,7 @@ from pipelines.progress import bar
 from pipelines.recipe import TEACHER, Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, write_shard
-from pipelines.stages import StageJob, sampling_grid, stage_inputs
+from pipelines.stages import StageJob, measured_steps, sampling_grid, stage_inputs
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
 from pipelines.trainer import Watch
@@ -130,8 +130,7 @@ class Run(Inputs):
     def students(self, name: str) -> Iterator[Generator]:
         """A trained stage at every number of steps and guidance that is measured."""
         stage, asked = self.recipe.stages[name], self.recipe.evaluate
-        counts = sorted({*stage.step_counts, *asked.step_counts}) if stage.step_counts else [None]
-        for guidance_scale, steps in product(asked.guidance_scales, counts):
+        for guidance_scale, steps in product(asked.guidance_scales, measured_steps(stage, asked.step_counts)):
             yield self.student(name, steps, guidance_scale)
 
     def student(self, name: str, steps: int | None = None, guidance_scale: float = 1.0) -> Generator:

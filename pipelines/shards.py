@@ -119,6 +119,13 @@ def commit_table(folder: Path, spec: ShardSetSpec, index: int, table: pa.Table) 
     return Shard(index=index, file=path.name, rows=len(table), sha256=file_hash(path))
 
 
+def in_dtype(values: np.ndarray, dtype: str, what: str, also: str = "") -> np.ndarray:
+    """Values as they are stored. ValueError, with ``also`` at its end, where one is not finite or does not fit."""
+    if not np.abs(values).max() <= np.finfo(dtype).max:
+        raise ValueError(f"{what} lie outside the range of {dtype}: set precompute.dtype=float32{also}")
+    return values.astype(dtype)
+
+
 def tensor_table(ids: np.ndarray, labels: np.ndarray, values: np.ndarray) -> pa.Table:
     """Rows of tensors of one shape, as the columns that `read_shard` reads."""
     contiguous = np.ascontiguousarray(values)

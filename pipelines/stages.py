@@ -1,6 +1,7 @@
 """What a training stage is: its configuration, its files, and all that determines its result."""
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -149,6 +150,11 @@ class StageConfig:
     def needs_images(self) -> bool:
         """Whether its objective or its probes read real images."""
         return "images" in self.objective.needs or self.probe.every > 0
+
+
+def measured_steps(stage: StageConfig, asked: Collection[int]) -> Sequence[int | None]:
+    """Numbers of steps at which a student is measured: those it is told of and those asked for, or None, its own."""
+    return sorted({*stage.step_counts, *asked}) if stage.step_counts else [None]
 
 
 def sampling_grid(name: str, stage: StageConfig, steps: int | None = None) -> Grid:

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from hd_core.networks import dit
 from hd_core.networks.student import FlowMapStudent
+from pipelines.artifacts import write_json
 from pipelines.community.kinds import Kind
 from pipelines.community.stock import fold_step
 from pipelines.community.table import Step
@@ -110,13 +110,13 @@ def _save_model(folder: Path, model: Any) -> list[str]:
     model.save_pretrained(folder)
     config = read_object(folder / "config.json")
     config.pop("_name_or_path", None)  # a path of this machine
-    _write_object(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     return ["diffusers", type(model).__name__]
 
 
 def _save_native(folder: Path, model: dit.DiT) -> list[str]:
     _save_tensors(folder, {f"network.{key}": value for key, value in model.state_dict().items()})
-    _write_object(folder / "config.json", {"_class_name": "FewStepDiT", **vars(model.config)})
+    write_json(folder / "config.json", {"_class_name": "FewStepDiT", **vars(model.config)})
     (folder / "few_step_dit.py").write_text(native_source(), "utf-8")
     return ["few_step_dit", "FewStepDiT"]
 
@@ -133,7 +133,7 @@ def _save_steps(folder: Path, steps: Sequence[Step], times: Sequence[float]) -> 
         "predictions": [step.prediction for step in steps],
         "width": len(steps[0].extra),
     }
-    _write_object(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     (folder / "few_steps.py").write_text(render("few_steps.py.j2"), "utf-8")
 
 
@@ -163,7 +163,7 @@ def _write_index(folder: Path, parts: Parts, pipeline: str | list[str], componen
         index["id2label"] = names
     if pipeline == "StableDiffusionPipeline":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    _write_object(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
 
 
 def _index(root: Path) -> dict[str, Any]:
@@ -175,8 +175,3 @@ def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     folder.mkdir(parents=True)
     kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def _write_object(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

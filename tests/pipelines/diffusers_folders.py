@@ -127,21 +127,38 @@ def gemma() -> tuple[Gemma2Model, GemmaTokenizer]:
     return seeded(lambda: Gemma2Model(config), std=None), tokenizer
 
 
-def dit(folder: Path) -> DiTPipeline:
-    """Classes, latents, learned variance: the shape of DiT-XL/2."""
-    model = seeded(
-        lambda: DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=6,
-            in_channels=2,
-            out_channels=4,
-            num_layers=3,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=1000,  # the pipeline's "no class" is 1000 whatever the model says
-            norm_num_groups=2,
-        )
+def dit_model(*, classes: int, out_channels: int) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=6,
+        in_channels=2,
+        out_channels=out_channels,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=classes,
+        norm_num_groups=2,
     )
+
+
+def unet_model(*, channels: int, classes: int | None = None) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        num_class_embeds=classes,
+    )
+
+
+def dit(folder: Path) -> DiTPipeline:
+    """Classes, latents, learned variance: the shape of DiT-XL/2; the pipeline's "no class" is 1000 whatever it says."""
+    model = seeded(lambda: dit_model(classes=1000, out_channels=4))
     pipeline = DiTPipeline(transformer=model, vae=autoencoder_kl(), scheduler=DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(folder)
     return pipeline
@@ -149,19 +166,7 @@ def dit(folder: Path) -> DiTPipeline:
 
 def ddpm(folder: Path) -> DDPMPipeline:
     """Pixels and no condition: the shape of ddpm-cifar10-32."""
-    model = seeded(
-        lambda: UNet2DModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(4, 8),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=2,
-            attention_head_dim=4,
-        )
-    )
+    model = seeded(lambda: unet_model(channels=3))
     pipeline = DDPMPipeline(unet=model, scheduler=DDPMScheduler(clip_sample=False))
     pipeline.save_pretrained(folder)
     return pipeline

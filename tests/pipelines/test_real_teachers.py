@@ -70,6 +70,12 @@ def pictures(folder: Path, captions: bool) -> None:
             (kind / f"{index:02d}.txt").write_text(f"{'cat' if index % 2 else 'dog'} {'abcdefgh'[index % 8]}\n")
 
 
+def write_recipe(folder: Path, case: Case, features: Path) -> None:
+    """tiny.yaml, beside the folders of the teacher and of the pictures."""
+    text = RECIPE.format(teacher=folder / "teacher", data=folder / "pictures", features=features, **vars(case))
+    (folder / "tiny.yaml").write_text(text)
+
+
 @pytest.fixture(scope="module")
 def feature_net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """A hardly trained feature net for images of a size."""
@@ -95,15 +101,7 @@ def test_from_a_folder_to_a_report(name: str, tmp_path: Path, feature_net: Calla
     case = CASES[name]
     PIPELINES[name](tmp_path / "teacher")
     pictures(tmp_path / "pictures", captions=name in ("stable_diffusion", "sana"))
-    text = RECIPE.format(
-        teacher=tmp_path / "teacher",
-        data=tmp_path / "pictures",
-        size=case.size,
-        guidance=case.guidance,
-        sketch=case.sketch,
-        features=feature_net(case.size),
-    )
-    (tmp_path / "tiny.yaml").write_text(text)
+    write_recipe(tmp_path, case, feature_net(case.size))
     result = hdistill("run", tmp_path / "tiny.yaml", "--run-dir", tmp_path / "run", *UNTRACKED)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -143,11 +141,7 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path: Path, feature_net:
     """The mistake that nobody sees: the pictures would only be a little worse."""
     PIPELINES["dit"](tmp_path / "teacher")
     pictures(tmp_path / "pictures", captions=False)
-    text = RECIPE.format(
-        teacher=tmp_path / "teacher", data=tmp_path / "pictures", size=16, guidance=1, sketch="meanflow",
-        features=feature_net(16),
-    )  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(text)
+    write_recipe(tmp_path, Case(sketch="meanflow"), feature_net(16))
     asked = (tmp_path / "tiny.yaml", "--run-dir", tmp_path / "run", *UNTRACKED)
     assert hdistill("precompute", *asked).exit_code == 0
     weights = tmp_path / "teacher" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -164,11 +158,7 @@ def test_actors_make_the_same_prompts_and_latents(
 ) -> None:
     PIPELINES["stable_diffusion"](tmp_path / "teacher")
     pictures(tmp_path / "pictures", captions=True)
-    text = RECIPE.format(
-        teacher=tmp_path / "teacher", data=tmp_path / "pictures", size=16, guidance=1, sketch="meanflow",
-        features=feature_net(16),
-    )  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(text)
+    write_recipe(tmp_path, Case(sketch="meanflow"), feature_net(16))
     for actors in (0, 1):
         asked = (tmp_path / "tiny.yaml", "--run-dir", tmp_path / f"run_{actors}", *UNTRACKED)
         result = hdistill("precompute", *asked, "--set", f"precompute.num_actors={actors}")

@@ -36,7 +36,7 @@ from diffusers import (  # noqa: E402
     UNet2DModel,
 )
 
-from tests.pipelines.diffusers_folders import PIPELINES, seeded  # noqa: E402
+from tests.pipelines.diffusers_folders import PIPELINES, dit_model, seeded, unet_model  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -55,32 +55,11 @@ class Case:
 
 
 def dit(out_channels: int = 2) -> DiTTransformer2DModel:
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=6,
-        in_channels=2,
-        out_channels=out_channels,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-        norm_num_groups=2,
-    )
+    return dit_model(classes=5, out_channels=out_channels)
 
 
-def unet(num_classes: int | None = None) -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=4,
-        num_class_embeds=num_classes,
-    )
+def unet(classes: int | None = None) -> UNet2DModel:
+    return unet_model(channels=2, classes=classes)
 
 
 CASES = {
