@@ -4,13 +4,13 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from pipelines.data import DataConfig
@@ -83,7 +83,7 @@ def write_webdataset(root: Path, pictures: Sequence[bytes]) -> Path:
 
 
 def write_huggingface(root: Path, pictures: Sequence[bytes]) -> Path:
-    datasets = pytest.importorskip("datasets")
+    datasets = import_module("datasets")
     columns = {
         "image": [{"bytes": contents, "path": None} for contents in pictures],
         "label": classes(len(pictures)),

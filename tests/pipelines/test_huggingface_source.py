@@ -1,6 +1,7 @@
 """Hugging Face data sets that were saved to disk; no test goes to the hub."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_a_split_of_its_own_is_the_reference(tmp_path: Path) -> None:
 
 
 def test_a_set_without_splits(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = import_module("datasets")
     write_huggingface(tmp_path / "both", PICTURES)
     datasets.load_from_disk(str(tmp_path / "both"))["train"].save_to_disk(str(tmp_path / "one"))
     one, both = (load_images(config("huggingface", tmp_path / name)) for name in ("one", "both"))
@@ -49,7 +50,7 @@ def test_a_set_without_splits(tmp_path: Path) -> None:
 
 def test_pictures_in_files_beside_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without bytes name a file; one that is gone is skipped."""
-    datasets = pytest.importorskip("datasets")
+    datasets = import_module("datasets")
     for row, contents in enumerate(PICTURES):
         (tmp_path / f"{row}.png").write_bytes(contents)
     rows = [{"bytes": None, "path": str(tmp_path / f"{row}.png")} for row in range(12)]
@@ -79,7 +80,6 @@ def test_faulty_settings(fields: dict[str, str], message: str, tmp_path: Path) -
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "state.json").write_text("hello")
     with pytest.raises(ValueError, match=r"cannot load the data set .*, split train: "):
         load_images(config("huggingface", tmp_path))
