@@ -5,14 +5,18 @@ step draws for its whole global batch and keeps this worker's rows, so it is the
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hd_core.types import PerSample
+
+ROWS_DRAWN_AT_ONCE = 256
+"""Rows of a step that share one generator. A worker draws the blocks that hold rows of its own, whatever the batch."""
 
 
 def fold_in(seed: int, *tags: int | str) -> int:
@@ -61,15 +65,43 @@ class Draws:
 
     def normal(self, tag: str, shape: Sequence[int]) -> Float[Tensor, "b *shape"]:
         """Standard normal rows of the given shape."""
-        drawn = torch.randn(self.total, *shape, generator=generator(self.seed, tag))
-        return drawn[self.rows].to(self.device)
+        return self._drawn(tag, lambda rows, source: torch.randn(rows, *shape, generator=source))
 
     def uniform(self, tag: str, low: float = 0.0, high: float = 1.0) -> PerSample:
         """One uniform number per row in ``[low, high)``."""
-        drawn = torch.rand(self.total, generator=generator(self.seed, tag))
-        return (low + (high - low) * drawn[self.rows]).to(self.device)
+        drawn = self._drawn(tag, lambda rows, source: torch.rand(rows, generator=source))
+        return low + (high - low) * drawn
 
     def integers(self, tag: str, high: int) -> Int[Tensor, " b"]:
         """One integer per row in ``[0, high)``."""
-        drawn = torch.randint(high, (self.total,), generator=generator(self.seed, tag))
-        return drawn[self.rows].to(self.device)
+        return self._drawn(tag, lambda rows, source: torch.randint(high, (rows,), generator=source))
+
+    def part(self, rows: slice) -> "Draws":
+        """The draws of some of this worker's rows."""
+        mine = range(*self.rows.indices(self.total))[rows]
+        return replace(self, rows=slice(mine.start, mine.stop))
+
+    def _drawn(self, tag: str, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        """This worker's rows, out of the blocks that hold them."""
+        first, last, _ = self.rows.indices(self.total)
+        blocks = range(first // ROWS_DRAWN_AT_ONCE, max(last - 1, first) // ROWS_DRAWN_AT_ONCE + 1)
+        start = blocks.start * ROWS_DRAWN_AT_ONCE
+        drawn = torch.cat([self._block(tag, block, draw) for block in blocks])
+        return drawn[first - start : last - start].to(self.device)
+
+    def _block(self, tag: str, block: int, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        source = generator(self.seed, tag, block) if block else generator(self.seed, tag)
+        return draw(min(ROWS_DRAWN_AT_ONCE, self.total - block * ROWS_DRAWN_AT_ONCE), source)
+
+
+def shares(rows: int, parts: int) -> list[slice]:
+    """Rows in order, in parts that differ by at most one row; the larger ones come first.
+
+    Raises:
+        ValueError: there are fewer rows than parts.
+    """
+    if parts > rows:
+        raise ValueError(f"{rows} rows do not make {parts} parts of at least one row")
+    least, more = divmod(rows, parts)
+    ends = [least * part + min(part, more) for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]

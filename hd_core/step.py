@@ -1,17 +1,18 @@
 """Training state and one iteration: which player moves, who is frozen meanwhile, and what is clipped and averaged."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hd_core.ema import update_ema, warmed_decay
-from hd_core.objectives.turns import Batch, Cast, Objective, PlayerName, Terms, Turn
-from hd_core.random import Draws
+from hd_core.objectives.turns import Batch, Cast, Objective, PlayerName, Turn, Turns
+from hd_core.random import Draws, shares
 
 Synchronise = Callable[[list[Tensor]], None]
 
@@ -103,57 +104,102 @@ def train_step(
     *,
     progress: float,
     synchronise: Synchronise = lambda _: None,
+    workers: int = 1,
+    passes: int = 1,
 ) -> dict[str, Tensor]:
     """One iteration: every turn of the objective, then the average.
 
     Args:
         progress: share of the training that is done, which sets the learning rates.
         synchronise: averages a list of tensors over workers, in place; nothing where there is one worker.
+        workers: among how many the global batch of ``draws.total`` rows is shared out by `hd_core.random.shares`.
+        passes: forward and backward passes whose gradients are added up to one move, each on a share of the rows.
 
     Returns:
-        Detached scalars by name, of this worker's rows: loss terms, metrics and gradient norms.
+        Detached scalars by name: loss terms, metrics and gradient norms. Their mean over workers is that of the batch.
     """
     logged: dict[str, Tensor] = {}
-    turns = objective.turns(cast, batch, draws, state.step)
-    carry: Tensor | None = None
-    try:
-        while True:
-            turn = turns.send(carry)
-            terms = _move(state.players, turn, progress, synchronise, logged)
-            carry = terms.carry
-    except StopIteration:
-        pass
+    parts = _parts(objective, cast, batch, draws, state.step, workers, passes)
+    while turns := [turn for turn in [part.next() for part in parts] if turn is not None]:
+        _move(state.players, parts, turns, progress, synchronise, logged)
     update_ema(state.average, state.players["student"].network, warmed_decay(state.ema_decay, state.step))
     state.step += 1
     return logged
 
 
+@dataclass(kw_only=True)
+class _Part:
+    """Rows that are computed at once, and how far their turns have come."""
+
+    turns: Turns
+    weight: float
+    """Their share of the global batch, times the workers: what their means count in a mean over workers."""
+    carry: Tensor | None = None
+
+    def next(self) -> Turn | None:
+        try:
+            return self.turns.send(self.carry)
+        except StopIteration:
+            return None
+
+    def pay(self, turn: Turn) -> dict[str, Tensor]:
+        """Evaluate a turn and add its gradients to those that are there; its share of what is logged."""
+        terms = turn.terms()
+        (terms.total * self.weight).backward()  # pyright: ignore[reportUnknownMemberType]
+        self.carry = terms.carry
+        losses = {f"loss/{name}": loss.detach().mean() for name, loss in terms.losses.items()}
+        return {name: value * self.weight for name, value in {**losses, **terms.metrics}.items()}
+
+
+def _parts(
+    objective: Objective, cast: Cast, batch: Batch, draws: Draws, step: int, workers: int, passes: int
+) -> list[_Part]:
+    """This worker's rows in passes; all workers make as many, since they average within one."""
+    everyone = [shares(part.stop - part.start, passes) for part in shares(draws.total, workers)]
+    frugal, parts = passes > 1, list[_Part]()
+    for number, rows in enumerate(shares(len(batch.noise), passes)):
+        together = sum(theirs[number].stop - theirs[number].start for theirs in everyone)
+        share = (rows.stop - rows.start) * workers
+        seen = replace(cast, frugal=frugal, mean=_weighted(cast.mean, share / together))
+        turns = objective.turns(seen, batch.part(rows), draws.part(rows), step)
+        parts.append(_Part(turns=turns, weight=share / draws.total))
+    return parts
+
+
+def _weighted(mean: Callable[[Tensor], Tensor], weight: float) -> Callable[[Tensor], Tensor]:
+    return mean if weight == 1 else lambda value: mean(value * weight)
+
+
 def _move(
     players: Mapping[PlayerName, Player],
-    turn: Turn,
+    parts: Sequence[_Part],
+    turns: Sequence[Turn],
     progress: float,
     synchronise: Synchronise,
     logged: dict[str, Tensor],
-) -> Terms:
-    player = players[turn.player]
+) -> None:
+    player = players[turns[0].player]
+    player.optimizer.zero_grad(set_to_none=True)
+    before = [(buffer, buffer.clone()) for buffer in player.network.buffers()] if len(turns) > 1 else []
+    seen: list[dict[str, Tensor]] = []
     with only(player.network, [other.network for other in players.values()]):
-        terms = turn.terms()
-        player.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()  # pyright: ignore[reportUnknownMemberType]
+        for part, turn in zip(parts, turns, strict=True):
+            for buffer, value in before:  # what a pass moves, such as spectral norm's estimate, moves once a turn
+                buffer.copy_(value)
+            seen.append(part.pay(turn))
     gradients = [p.grad for p in player.parameters if p.grad is not None]
     synchronise(gradients)
-    logged[f"gradient_norm/{turn.player}"] = _clip(gradients, player.config.max_grad_norm)
+    logged[f"gradient_norm/{turns[0].player}"] = _clip(gradients, player.config.max_grad_norm)
     for group in player.optimizer.param_groups:
         group["lr"] = player.config.rate(player.moves, progress)
     player.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
     player.moves += 1
-    logged |= {f"loss/{name}": loss.detach().mean() for name, loss in terms.losses.items()}
-    logged |= dict(terms.metrics)
-    return terms
+    logged |= {name: torch.stack([values[name] for values in seen]).sum(0) for name in seen[0]}
 
 
 def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if max_norm:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -23,6 +23,8 @@ class FeatureTaps:
         for layer in set(self.layers):
             blocks[layer].register_forward_hook(self._hook(layer))
         self._listening = False
+        self.stops_early = True
+        """Whether what lies behind the deepest tapped block is left out; a sharded network must be run to its end."""
 
     def __call__(self, x_t: Images, t: Times, condition: Condition) -> list[Float[Tensor, "b n d"]]:
         self._listening = True
@@ -39,7 +41,7 @@ class FeatureTaps:
         def catch(_module: nn.Module, _inputs: tuple[object, ...], output: Tensor) -> None:
             if self._listening:
                 self._caught[layer] = output
-                if layer == max(self.layers):
+                if self.stops_early and layer == max(self.layers):
                     raise _Enough
 
         return catch

@@ -103,7 +103,7 @@ class DMD:
         moves = step % self.update_ratio == 0
         # Nobody moves the student before its own turn, so one walk serves all turns. Where the generator moves, its
         # graph is kept until then: that saves a forward pass, and its activations lie beside those of the other turns.
-        with torch.set_grad_enabled(moves):
+        with torch.set_grad_enabled(moves and not cast.frugal):
             x = self.generate(cast.student, batch)
         fake = x.detach()
         yield Turn(player="fake_score", terms=partial(self._fake_score, cast, fake, batch.condition, draws))
@@ -129,6 +129,7 @@ class DMD:
         return Terms(losses={"fake_score": flatten_mean((v - velocity(fake, eps)).square())})
 
     def _student(self, cast: Cast, x: Images, batch: Batch, draws: Draws, step: int) -> Terms:
+        x = self.generate(cast.student, batch) if cast.frugal else x
         gradient, zeroed = finite_rows(self.matching(cast, x.detach(), batch.condition, draws, step))
         gradient = clip_rows(gradient, self.max_gradient)
         losses = {"matching": matching_loss(x, gradient)}

@@ -102,6 +102,8 @@ class MeanFlow:
         """``(t - r) du/dt`` under its warm-up; zero, and not computed, where ``r = t``."""
         change, weight = torch.zeros_like(v), self.tangent_weight(step)
         moving = (r < t).nonzero().squeeze(1)
+        if cast.lockstep and not len(moving):  # a call on any row, whose change is zero
+            moving = moving.new_zeros(1)
         if not len(moving) or not weight:
             return change
         at = x_t[moving], v[moving], t[moving], r[moving], condition.rows(moving)

@@ -67,6 +67,10 @@ class Cast:
     """One row of "no class", where the teacher knows it."""
     mean: Callable[[Tensor], Tensor] = field(default=lambda value: value)
     """Mean of a detached tensor over the workers, for what an objective must know of the whole global batch."""
+    lockstep: bool = False
+    """Whether networks are split among workers: each worker must then call them as often as the others, on any rows."""
+    frugal: bool = False
+    """Whether several passes make a move: what can be computed again is not kept from one turn to the next."""
 
     @property
     def fake(self) -> Velocity:
@@ -111,8 +115,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device; the grid stays where it is."""
+        return self._with(lambda value: value.to(device))
+
+    def part(self, rows: slice) -> Self:
+        """Some of the rows."""
+        return self._with(lambda value: value.rows(rows) if isinstance(value, Condition) else value[rows])
+
+    def _with(self, change: Callable[[Tensor | Condition], Tensor | Condition]) -> Self:
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "grid"}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 @runtime_checkable

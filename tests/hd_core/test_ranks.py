@@ -17,11 +17,11 @@ from hd_core.objectives.mean_velocity import MeanVelocity
 from hd_core.objectives.turns import Objective
 from hd_core.random import Draws
 from hd_core.step import OptimizerConfig, TrainState, train_step
-from pipelines.trainer import Group
+from pipelines.group import Group
 from tests.oracles import GAUSSIAN
 from tests.toys import Perceptron, batch_of, cast_of, networks, rows_of, state_of
 
-WORKERS, ROWS, STEPS = 2, 6, 3
+WORKERS, ROWS, UNEVEN_ROWS, STEPS = 2, 6, 5, 3
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, weight_decay=0.01)
 CLIPPED = OptimizerConfig(learning_rate=5e-3, max_grad_norm=0.1)
 MATCHED = DMD(update_ratio=1, adversarial=Adversarial(weight=0.5, weighting="matched"))
@@ -36,26 +36,35 @@ def registry() -> dict[str, Objective]:
     return OBJECTIVES
 
 
-def train(objective: Objective, group: Group, *, averaged: bool = True, shared_mean: bool = True) -> list[Record]:
+def whole_at_any_time() -> dict[str, Objective]:
+    """Those that never need to know of the whole batch at once."""
+    return {name: objective for name, objective in registry().items() if "matched" not in name}
+
+
+def train(
+    objective: Objective,
+    group: Group,
+    *,
+    total: int = ROWS,
+    passes: int = 1,
+    averaged: bool = True,
+    shared_mean: bool = True,
+) -> list[Record]:
     """Weights and gradients after each step on this worker's rows."""
-
-    def mean(value: Tensor) -> Tensor:
-        value = value.clone()
-        group.average([value])
-        return value
-
-    made, rows, records = networks(objective.players), group.rows(ROWS), list[Record]()
+    made, rows, records = networks(objective.players), group.rows(total), list[Record]()
     state = state_of(made, OPTIMIZER, CLIPPED)
-    cast = cast_of(made, mean=mean) if shared_mean else cast_of(made)
+    cast = cast_of(made, mean=group.mean) if shared_mean else cast_of(made)
     for step in range(STEPS):
         train_step(
             state,
             objective,
             cast,
-            rows_of(batch_of(ROWS, first=ROWS * step), rows),
-            Draws(seed=step, rows=rows, total=ROWS),
+            rows_of(batch_of(total, first=total * step), rows),
+            Draws(seed=step, rows=rows, total=total),
             progress=step / STEPS,
             synchronise=group.average if averaged else lambda _: None,
+            workers=group.size,
+            passes=passes,
         )
         records.append(record(state))
     return records
@@ -101,6 +110,10 @@ def tangent_gradients(group: Group) -> dict[str, Record]:
 
 def everything(group: Group) -> Found:
     found = {name: train(objective, group) for name, objective in registry().items()}
+    for name, objective in {**registry(), "matched": MATCHED}.items():
+        found[f"{name}, uneven"] = train(objective, group, total=UNEVEN_ROWS)
+    for name, objective in whole_at_any_time().items():
+        found[f"{name}, in passes"] = train(objective, group, total=UNEVEN_ROWS, passes=2)
     found["not averaged"] = train(MeanVelocity(), group, averaged=False)
     found["matched"] = train(MATCHED, group)
     found["matched, own mean"] = train(MATCHED, group, shared_mean=False)
@@ -147,6 +160,29 @@ def test_two_workers_train_as_one(name: str, step: int, workers: list[Found], al
     assert any(key.startswith("gradient of student:") for key in whole)
     for key, value in whole.items():
         torch.testing.assert_close(left[key], value, rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", [*registry(), "matched"])
+def test_workers_whose_shares_differ_train_as_one(name: str, workers: list[Found], alone: Found):
+    """Three rows and two: a mean over workers of their own means would be another one."""
+    assert_as_one([worker[f"{name}, uneven"] for worker in workers], alone[f"{name}, uneven"])
+
+
+@pytest.mark.parametrize("name", whole_at_any_time())
+def test_passes_add_up_to_the_whole_batch(name: str, workers: list[Found], alone: Found):
+    """In one worker (three rows and two), and in two of them (two and one, one and one)."""
+    assert_as_one([alone[f"{name}, in passes"]], alone[f"{name}, uneven"])
+    assert_as_one([worker[f"{name}, in passes"] for worker in workers], alone[f"{name}, uneven"])
+
+
+def assert_as_one(workers: list[list[Record]], alone: list[Record]) -> None:
+    for here, whole in zip(workers[0], alone, strict=True):
+        assert here.keys() == whole.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(
+                here[key], value, rtol=1e-9, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    assert all(same(other[-1], workers[0][-1]) for other in workers)
 
 
 def test_weights_moved(alone: Found):

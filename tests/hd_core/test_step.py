@@ -331,7 +331,8 @@ def test_two_synchronised_workers_are_one(objective: Objective):
                 gradient.copy_(mean)
 
         draws = Draws(seed=3, rows=rows, total=total)
-        train_step(worker, objective, cast_of(mine), rows_of(batch, rows), draws, progress=0.0, synchronise=receive)
+        part = rows_of(batch, rows)
+        train_step(worker, objective, cast_of(mine), part, draws, progress=0.0, synchronise=receive, workers=2)
         for name, player in worker.players.items():
             for a, b in zip(player.parameters, whole.players[name].parameters, strict=True):
                 assert torch.equal(a, b)
