@@ -4,19 +4,22 @@ Every artifact has a manifest: its inputs, their fingerprint, and the hash of ea
 Other fingerprint: refuse, and name the inputs that differ. Unreadable file: make it again, and say so.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+
+from pipelines.locks import held
+from pipelines.storage import check_writable, failure, is_remote, read_bytes, upload
 
 Inputs = Mapping[str, Any]
 OTHER_RUN_DIR = "Use another --run-dir"
@@ -75,9 +78,50 @@ def ensure_same(what: str, made_with: Inputs, wanted: Inputs, remedy: str = OTHE
         raise ValueError(f"{what} was made from other inputs: {'; '.join(differing)}. {remedy}")
 
 
+def plain_name(name: object, listed_in: Path) -> str:
+    """A file name that was read from a manifest, as one that stays in the manifest's own folder.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError(f"{listed_in} names the file {name!r}, which is no plain name in its own folder: not opened")
+    return name
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; what was written there takes its place, whole and durable, at the end."""
+    """A local temporary file; what was written there takes the place of ``path``, whole and durable, at the end.
+
+    The file is beside ``path`` where that is local; else it is uploaded, and an object appears whole.
+    """
+    with _uploaded(path) if is_remote(path) else _renamed(path) as temporary:
+        try:
+            yield temporary
+        except Exception as error:
+            if (told := _system_error(error, path)) is None:
+                raise
+            raise told from None
+
+
+def _system_error(error: Exception, path: Path) -> OSError | None:
+    """What the disk said, where the error is of another kind and tells of it, as safetensors' does."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    if code is None or isinstance(error, OSError):
+        return None
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
+
+
+@contextmanager
+def _uploaded(path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hdistill-") as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        upload(temporary, path)
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # unlike mkstemp's, open to whom the umask lets
     try:
@@ -128,8 +172,13 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -139,7 +188,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_bytes(path))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -160,12 +209,13 @@ class RunDir:
             ValueError: it cannot be made or written.
         """
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
+            check_writable(path)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or failure(error)
+            if reason is None:
+                raise
             raise ValueError(
-                f"run directory {path} cannot be written: {error.strerror}. Choose another with --run-dir"
+                f"run directory {path} cannot be written: {reason}. Choose another with --run-dir"
             ) from None
         return cls(path)
 
@@ -215,25 +265,11 @@ class RunDir:
         return self.path / "stages" / name
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory against a second driver; the system lets go of it when the holder dies.
+    def locked(self, say: Callable[[str], None] = lambda _text: None) -> Iterator[None]:
+        """Hold the directory against a second driver; ``say`` is told where that takes a while.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds it, or has taken it over.
         """
-        with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise ValueError(
-                    f"run directory {self.path} is in use by process {holder}; wait for it, or use --run-dir"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
+        with held(self.path, say):
+            yield

@@ -12,6 +12,7 @@ import numpy as np
 
 from hd_core.random import permutation
 from pipelines.shards import Rows, ShardSet, read_shard
+from pipelines.storage import located
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +115,8 @@ class _WindowReader:
         self._paths, self._plan, self._rows = list(paths), plan, rows
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, Any]:
-        from pathlib import Path
-
         (window,) = block["window"]
-        parts = [read_shard(Path(self._paths[index])) for index in window.shards]
+        parts = [read_shard(located(self._paths[index])) for index in window.shards]
         index = self._plan.positions(window)[:, self._rows].reshape(-1)
         values = np.concatenate([part.values for part in parts])[index]
         return {

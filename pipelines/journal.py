@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.artifacts import as_text, flatten
+from pipelines.storage import is_remote, located
 from pipelines.stores import redact
 
 if TYPE_CHECKING:
@@ -92,7 +93,13 @@ class Sender:
     def stored(self, path: Path) -> str:
         """As an entry holds a path: relative inside the run directory, which may be moved before the store is back."""
         whole = path.resolve()
-        return str(whole.relative_to(self._base) if whole.is_relative_to(self._base) else whole)
+        inside = is_remote(whole) == is_remote(self._base) and whole.is_relative_to(self._base)
+        return str(whole.relative_to(self._base) if inside else whole)
+
+    def _found(self, text: str) -> Path:
+        """The path of an entry."""
+        path = located(text)
+        return path if is_remote(path) or path.is_absolute() else self._base / text
 
     def run_id(self, key: str) -> str:
         """The store's id of a run; its key until the store was reached."""
@@ -143,7 +150,7 @@ class Sender:
             tracker.finish(arguments["status"], at)
         else:
             assert call in _CALLS, call
-            paths = {"path": self._base / arguments["path"]} if "path" in arguments else {}
+            paths = {"path": self._found(arguments["path"])} if "path" in arguments else {}
             getattr(tracker, call)(**(arguments | paths))
 
     def _refuse(self, group: Sequence[dict[str, Any]], error: Exception) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pipelines.artifacts import file_hash
+from pipelines.artifacts import file_hash, plain_name
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NEEDED = f"model_index.json, or the model's own config.json and {WEIGHTS}"
@@ -76,7 +76,8 @@ def _weights(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
-        shards = [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
+        shards = [folder / plain_name(name, index) for name in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise ValueError(f"{index} lists {', '.join(missing[:3])}, missing from the folder")

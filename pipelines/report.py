@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.artifacts import atomic_path
+from pipelines.artifacts import write_text
 from pipelines.report_columns import calls, columns, line_of
 from pipelines.report_page import render, render_stages
 
-SCHEMA_VERSION = 2
-_READABLE_VERSIONS = (1, 2)
+SCHEMA_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
 _REFERENCE_KEYS: dict[str, type] = {"real_fid": float, "halves_fid": float, "num_reference": int, "fid_features": str}
 _SECOND_KEYS: dict[str, type] = {"second_real_fid": float, "second_halves_fid": float, "second_features": str}
 """Keys of the reference that are there only where there was a second feature net."""
@@ -113,6 +113,20 @@ class Phase:
     """Seconds that this run spent in it."""
     reused: bool
     """Whether an earlier run had finished it and this one only found it."""
+    total_seconds: float = 0.0
+    """Seconds that it took in all lives of the run, in every process that worked on it; so are the fields below."""
+    worker_seconds: float = 0.0
+    """Seconds of its workers together: actors, training workers, or the one process."""
+    idle_share: float = 0.0
+    """Share of these that training workers waited for data, 0 to 1."""
+    network_calls: int = 0
+    """Passes of a network over one row; a backward pass counts as two forward ones."""
+    bytes_written: int = 0
+    """Bytes of the files that it left."""
+    bytes_read: int = 0
+    """Bytes of the shards that it read."""
+    restarts: int = 0
+    """Times that it began anew because a process, or one of a group of workers, had ended before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +162,7 @@ def write_report(report: Report, run_dir: Path) -> None:
     Raises ValueError, with nothing written, when a number is NaN or infinite or a value has not the documented type.
     """
     content = to_json(report)
-    with atomic_path(run_dir / "report.json") as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    write_text(run_dir / "report.json", content)
     render(report, run_dir)
 
 
@@ -195,7 +208,7 @@ def _parse(record: Any) -> Report:
     if not isinstance(record, dict) or "schema_version" not in record:
         raise ValueError("not a report: schema_version is missing")
     if record["schema_version"] not in _READABLE_VERSIONS:
-        known = " and ".join(map(str, _READABLE_VERSIONS))
+        known = ", ".join(map(str, _READABLE_VERSIONS))
         raise ValueError(f"schema_version is {record['schema_version']!r}; this hdistill reads {known}")
     values = _checked(record, Report, "")
     second = _SECOND_KEYS if "second_features" in values["reference"] else {}

@@ -14,8 +14,9 @@ import jinja2
 import numpy as np
 
 from pipelines import charts, figures, stage_charts
-from pipelines.artifacts import as_text, atomic_path, flatten, read_json
+from pipelines.artifacts import as_text, atomic_path, flatten, read_json, write_text
 from pipelines.report_columns import calls, columns, digits, line_of
+from pipelines.storage import local_copy
 from pipelines.weight_sheet import Looks, read_looks, weight_sheet
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def render(report: "Report", run_dir: Path) -> None:
         "groups": [list(group) for _, group in groupby(enumerate(report.rows), key=lambda item: line_of(item[1]))],
     }
     page = _template().render(context, sheets=sheets, grids=grids, charts=drawn, notes=notes, **_headlines(report.rows))
-    with atomic_path(run_dir / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(run_dir / "report.html", page)
 
 
 def render_stages(run_dir: Path) -> list[str]:
@@ -126,7 +126,7 @@ def _load_samples(rows: Sequence["Row"], folder: Path) -> tuple[list[_Samples], 
 def _load(row: "Row", folder: Path) -> _Samples:
     if Path(row.samples).name != row.samples:
         raise ValueError("not a plain file name")
-    with np.load(folder / row.samples, allow_pickle=False) as arrays:
+    with local_copy(folder / row.samples) as file, np.load(file, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
         prompts = tuple(map(str, arrays["prompts"])) if "prompts" in arrays.files else ()
     figures.check_samples(images, labels)

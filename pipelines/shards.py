@@ -5,7 +5,8 @@ with everything that says where the rows come from. Plain pyarrow, DuckDB or pol
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.artifacts import atomic_path, differences, file_hash, fingerprint, read_json, write_json
+from pipelines.artifacts import atomic_path, differences, file_hash, fingerprint, plain_name, read_json, write_json
+from pipelines.storage import is_remote, read_bytes
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"hdistill"
-Kind = Literal["trajectories", "images", "latents", "prompts"]
+Kind = Literal["trajectories", "images", "latents", "prompts", "features"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ class Shard:
     """Name within the set's directory."""
     rows: int
     sha256: str
+    bytes: int = 0
+    """Of the file; 0: not known, as in manifests from before it was kept."""
+    seconds: float = 0.0
+    """That its maker, or the makers of its parts together, worked on it; 0: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +122,8 @@ def commit_table(folder: Path, spec: ShardSetSpec, index: int, table: pa.Table) 
     path = folder / f"part-{index:05d}.parquet"
     with atomic_path(path) as temporary:
         pq.write_table(described, temporary, compression="none", use_dictionary=False, write_statistics=False)
-    return Shard(index=index, file=path.name, rows=len(table), sha256=file_hash(path))
+        sha256, size = file_hash(temporary), temporary.stat().st_size
+    return Shard(index=index, file=path.name, rows=len(table), sha256=sha256, bytes=size)
 
 
 def in_dtype(values: np.ndarray, dtype: str, what: str, also: str = "") -> np.ndarray:
@@ -144,12 +151,18 @@ def read_shard(path: Path) -> Rows:
     Raises:
         ValueError: it is not one of our shards.
     """
+    source = readable(path)  # a store that fails says so itself
     try:
-        table = pq.read_table(path, memory_map=False)
+        table = pq.read_table(source, memory_map=False)
         about = json.loads(table.schema.metadata[METADATA_KEY])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no shard of this project, or is damaged: {error}") from None
     return decode(table, about["dtype"], about["shape"])
+
+
+def readable(path: Path) -> Any:
+    """What pyarrow reads a shard from."""
+    return pa.BufferReader(read_bytes(path)) if is_remote(path) else path
 
 
 def decode(table: pa.Table, dtype: str, shape: Sequence[int]) -> Rows:
@@ -163,31 +176,70 @@ def decode(table: pa.Table, dtype: str, shape: Sequence[int]) -> Rows:
     return Rows(sample_ids=table.column("sample_id").to_numpy(), labels=table.column("label").to_numpy(), values=values)
 
 
+def _listed(manifest: Any, path: Path) -> dict[int, Shard]:
+    """The shards of a manifest, by number. ValueError where it is none, or names a file outside its folder."""
+    try:
+        _ = manifest["fingerprint"]
+        shards = [Shard(**entry) for entry in manifest["shards"]]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is no manifest of shards; delete it to have them made again") from None
+    for shard in shards:
+        plain_name(shard.file, path)
+    return {shard.index: shard for shard in shards}
+
+
+def _orphans(folder: Path, spec: ShardSetSpec, listed: Container[int]) -> dict[int, Shard]:
+    """Whole shards of this very set that no manifest lists."""
+    named = ((re.fullmatch(r"part-(\d{5,})\.parquet", path.name), path) for path in folder.glob("part-*.parquet"))
+    unlisted = {int(name[1]): path for name, path in named if name and int(name[1]) not in listed}
+    found = {index: _adopted(path, spec, index) for index, path in sorted(unlisted.items()) if index < spec.num_shards}
+    return {index: shard for index, shard in found.items() if shard}
+
+
+def _adopted(path: Path, spec: ShardSetSpec, index: int) -> Shard | None:
+    """A file as a shard; ``None`` where it is not whole, or of another set."""
+    try:
+        footer = pq.read_metadata(readable(path))
+        about = json.loads((footer.metadata or {})[METADATA_KEY])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    if about.get("fingerprint") != spec.fingerprint or footer.num_rows != len(spec.ids(index)):
+        return None
+    return Shard(index=index, file=path.name, rows=footer.num_rows, sha256=file_hash(path), bytes=path.stat().st_size)
+
+
 class ShardSet:
     """A directory of shards and its manifest."""
 
     def __init__(self, folder: Path, spec: ShardSetSpec, shards: Mapping[int, Shard]) -> None:
         self.folder = folder.resolve()  # a worker may stand in another directory
-        self.spec, self._shards = spec, dict(shards)
+        self.spec, self._shards, self._unlisted = spec, dict(shards), False
 
     @classmethod
     def open(cls, folder: Path, spec: ShardSetSpec) -> "ShardSet":
-        """The set as far as it is there; nothing is read but the manifest.
+        """The set as far as it is there; nothing is read but the manifest, and files that it does not list.
+
+        A driver that died may have left such a file, whole: it counts as committed where it is of this very set.
 
         Raises:
             ValueError: the directory holds a set that was made from other inputs.
         """
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
-            return cls(folder, spec, {})
-        if not {"fingerprint", "shards"} <= manifest.keys():
-            raise ValueError(f"{folder / 'manifest.json'} is no manifest of shards; delete it to have them made again")
+            return cls(folder, spec, {})._adopting()
+        shards = _listed(manifest, folder / "manifest.json")
         if manifest["fingerprint"] != spec.fingerprint:
             made_with = {key: manifest.get(key) for key in spec.metadata() if key != "fingerprint"}
             wanted = {key: value for key, value in spec.metadata().items() if key != "fingerprint"}
             differing = "; ".join(differences(made_with, json.loads(json.dumps(wanted))))
             raise ValueError(f"{folder} holds other {spec.kind}: {differing}. Use another --run-dir, or delete it")
-        return cls(folder, spec, {entry["index"]: Shard(**entry) for entry in manifest["shards"]})
+        return cls(folder, spec, shards)._adopting()
+
+    def _adopting(self) -> "ShardSet":
+        orphans = _orphans(self.folder, self.spec, self._shards)
+        self._shards |= orphans
+        self._unlisted = bool(orphans)
+        return self
 
     @property
     def missing(self) -> list[int]:
@@ -208,10 +260,11 @@ class ShardSet:
         return [self.folder / self._shards[index].file for index in indices]
 
     def damaged(self) -> list[str]:
-        """Committed shards whose file is absent or no longer has its hash; they count as missing from now on."""
+        """Committed shards whose file is absent or no longer has its hash; they are dropped and count as missing."""
         bad = [shard for shard in self.shards if not self._whole(shard)]
         for shard in bad:
             del self._shards[shard.index]
+            (self.folder / shard.file).unlink(missing_ok=True)  # else it would be adopted as whole later
         return [shard.file for shard in bad]
 
     def _whole(self, shard: Shard) -> bool:
@@ -221,6 +274,15 @@ class ShardSet:
     def commit(self, shard: Shard) -> None:
         """List a written shard in the manifest."""
         self._shards[shard.index] = shard
+        self._list()
+
+    def list_adopted(self) -> None:
+        """List those in the manifest that an earlier driver left unlisted, if there are any."""
+        if self._unlisted:
+            self._list()
+
+    def _list(self) -> None:
+        self._unlisted = False
         entries = [asdict(entry) for entry in self.shards]
         listed = {**self.spec.metadata(), "complete": self.complete, "shards": entries}
         write_json(self.folder / "manifest.json", listed)

@@ -2,12 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+_LONG_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_LONG = 16  # real ones have more letters; a stand-in such as "test" would be struck out of plain words
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # a fresh sqlite file reports dozens of migrations at INFO
@@ -62,11 +65,17 @@ def artifact_folder(uri: str, default_store: Path) -> str | None:
 
 
 def redact(text: str) -> str:
-    """The text without passwords: those in URIs, in query strings, and those the environment holds for MLflow."""
-    for value in filter(None, map(os.environ.get, _SECRET_VARIABLES)):
+    """The text without passwords: those in URIs and query strings, and those the environment holds for services."""
+    for value in _secrets():
         text = text.replace(value, "***")
     text = re.sub(r"(\w://)(?!/)\S*@", r"\1***@", text)
     return re.sub(r"(?i)([?&][\w-]*(?:token|password|passwd|pwd|secret|key)[\w-]*=)[^&\s]+", r"\1***", text)
+
+
+def _secrets() -> Iterator[str]:
+    """Secrets of the environment, as they would stand in a text."""
+    yield from filter(None, map(os.environ.get, _SECRET_VARIABLES))
+    yield from (value for value in map(os.environ.get, _LONG_SECRET_VARIABLES) if value and len(value) >= _LONG)
 
 
 def _check_uri(uri: str, source: str) -> None:

@@ -1,8 +1,9 @@
 """Tracking: what a run did, in an MLflow store that may come and go.
 
-Calls are written to a journal in the run directory and sent from there in order, so a store that is away costs
-nothing but time. Sending a thing twice is harmless: runs are found by a key of ours that exists before MLflow's own id
-does, the first value of a parameter stays, and a metric's step that an earlier session reached is not logged again.
+Calls are written to a journal in the run directory, or on this machine where that is an object store, and sent from
+there in order, so a tracking store that is away costs nothing but time. Sending a thing twice is harmless: runs are
+found by a key of ours that exists before MLflow's own id does, the first value of a parameter stays, and a metric's
+step that an earlier session reached is not logged again.
 """
 
 import logging
@@ -29,6 +30,7 @@ from pipelines.journal import (
     shortened,
     texts,
 )
+from pipelines.storage import local_copy, local_stand_in
 from pipelines.stores import TrackConfig, artifact_folder, quiet_environment, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -147,17 +149,19 @@ class MlflowTracker:
     def figure(self, name: str, path: Path) -> None:
         target = PurePosixPath("figures", name)
         _check_exists(path)
-        with tempfile.TemporaryDirectory() as copies:  # MLflow takes the name from the file
-            copy = shutil.copy(path, Path(copies, target.name + path.suffix))
+        with local_copy(path) as file, tempfile.TemporaryDirectory() as copies:  # MLflow takes the name from the file
+            copy = shutil.copy(file, Path(copies, target.name + path.suffix))
             self._client.log_artifact(self.run_id, str(copy), str(target.parent))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         _check_exists(path)
-        self._client.log_artifact(self.run_id, str(path), folder or None)
+        with local_copy(path) as file:
+            self._client.log_artifact(self.run_id, str(file), folder or None)
 
     def folder(self, path: Path, name: str) -> None:
         _check_exists(path)
-        self._client.log_artifacts(self.run_id, str(path), name)
+        with local_copy(path) as files:
+            self._client.log_artifacts(self.run_id, str(files), name)
 
     def tags(self, values: Mapping[str, object]) -> None:
         from mlflow.entities import RunTag
@@ -262,9 +266,10 @@ def open_tracker(
     base, key, uri = run_dir.resolve(), resume_run_id or uuid.uuid4().hex, tracking_uri(config, default_store)
     names = {"experiment": config.experiment or recipe_name, "run_name": run_name}
     store = Store(uri=uri, default_store=default_store, may_create=True, **names)
-    sender = Sender(store, Journal(base / "tracking" / "pending.jsonl"), base)
+    journals = local_stand_in(base) / "tracking"
+    sender = Sender(store, Journal(journals / "pending.jsonl"), base)
     sender.add(key, "open", parent="", name=run_name, tags=texts(tags), soon=True)
-    left_by_workers = sorted((base / "tracking").glob("pending-*.jsonl")) if sender.answers else []
+    left_by_workers = sorted(journals.glob("pending-*.jsonl")) if sender.answers else []
     for path in left_by_workers:
         Sender(replace(store, may_create=False), Journal(path), base).flush()
     return BufferedTracker(sender, key)
@@ -280,7 +285,7 @@ def attach(config: TrackConfig, *, run_id: str, run_dir: Path, default_store: Pa
     base, uri = run_dir.resolve(), tracking_uri(config, default_store)
     store = Store(uri=uri, experiment="", run_name="", default_store=default_store, may_create=False)
     name = re.sub(r"[^\w.-]", "_", run_id)
-    sender = Sender(store, Journal(base / "tracking" / f"pending-{name}.jsonl"), base)
+    sender = Sender(store, Journal(local_stand_in(base) / "tracking" / f"pending-{name}.jsonl"), base)
     sender.flush()
     return BufferedTracker(sender, run_id)
 

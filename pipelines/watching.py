@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipelines.stages import Curve
+from pipelines.curve import Curve
 from pipelines.stores import TrackConfig
 from pipelines.tracking import Tracker, attach
 from pipelines.trainer import Watch

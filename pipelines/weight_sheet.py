@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from pipelines.figures import LIGHT, Images, Theme, cell_size, check_images, enlarge, font, png
+from pipelines.storage import local_copy
 
 MOST_BYTES = 400_000
 _COLUMNS = (8, 6, 4)  # fewer where the file would be too large
@@ -96,7 +97,7 @@ class Looks:
 def read_looks(path: Path) -> Looks:
     """The arrays of a `token_weights.npz`. ValueError says what is wrong with it."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with local_copy(path) as file, np.load(file, allow_pickle=False) as arrays:
             parts = [{name: arrays[f"{kind}_{name}"] for name in _ARRAYS} for kind in ("fake", "real")]
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error)) from None

@@ -1,9 +1,8 @@
-"""Files that are whole or absent, fingerprints, differences, and the lock on a run directory."""
+"""Files that are whole or absent, fingerprints, differences, and what makes a run directory."""
 
 import hashlib
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -216,33 +215,10 @@ def test_a_read_only_run_directory_is_refused(tmp_path: Path, monkeypatch: pytes
         RunDir.create(tmp_path)
 
 
-HOLDER = """
-    import sys
-    from pathlib import Path
-    from pipelines.artifacts import RunDir
-    with RunDir(Path(sys.argv[1])).locked():
-        print("locked", flush=True)
-        sys.stdin.read()
-"""
-
-
-def test_a_second_driver_is_refused_by_name_until_the_first_is_killed(tmp_path: Path):
-    holder = python(HOLDER, tmp_path)
-    assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
-    with (
-        pytest.raises(ValueError, match=rf"is in use by process {holder.pid}; wait for it, or use --run-dir"),
-        RunDir(tmp_path).locked(),
-    ):
-        pass
-    holder.send_signal(signal.SIGKILL)
-    holder.communicate()
-    with RunDir(tmp_path).locked():
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
-
-
-def test_the_lock_is_given_back_after_an_error(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), RunDir(tmp_path).locked():
-        raise KeyboardInterrupt
-    with RunDir(tmp_path).locked():
-        pass
-    assert (tmp_path / "lock").read_text() == ""
+def test_a_full_disk_is_told_of_as_such_by_every_writer(tmp_path: Path):
+    """safetensors' own error names the system's only in its text."""
+    with pytest.raises(OSError) as raised, atomic_path(tmp_path / "x.safetensors"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert raised.value.errno == 28 and raised.value.filename == str(tmp_path / "x.safetensors")
+    with pytest.raises(RuntimeError, match="a bug"), atomic_path(tmp_path / "x"):
+        raise RuntimeError("a bug")

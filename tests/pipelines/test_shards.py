@@ -169,10 +169,11 @@ def test_a_set_grows_shard_by_shard_in_any_order(tmp_path: Path):
     assert [len(rows.labels) for rows in done] == [4, 4, 2]
 
 
-def test_a_shard_that_is_written_but_not_listed_counts_as_missing(tmp_path: Path):
+def test_a_whole_shard_that_is_written_but_not_listed_counts_as_committed(tmp_path: Path):
     spec = spec_of()
-    write_shard(tmp_path, spec, 0, *content(spec, 0))
-    assert ShardSet.open(tmp_path, spec).missing == [0, 1, 2]
+    written = write_shard(tmp_path, spec, 0, *content(spec, 0))
+    found = ShardSet.open(tmp_path, spec)
+    assert found.missing == [1, 2] and found.shards == [written]
 
 
 def test_writing_a_shard_again_gives_the_same_bytes(tmp_path: Path):
