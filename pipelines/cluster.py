@@ -20,11 +20,12 @@ _LEVEL_NOTICE = b"Set ray log level from environment variable"
 _OBJECT_STORE_BYTES = 400 * 2**20
 
 
-def ensure_ray(*, reserved_cpus: float, reserved_gpus: float = 0) -> None:
+def ensure_ray(*, reserved_cpus: float, reserved_gpus: float = 0, other_cpus: float = 0) -> None:
     """Connect to Ray, starting it on this machine where no cluster is named, and check that the work fits.
 
     A local cluster gets one logical CPU more than the machine has: Ray Data's own short tasks need a slot beside the
-    actors, and without one the pipeline waits for ever without a word.
+    actors, and without one the pipeline waits for ever without a word. A named cluster (RAY_ADDRESS) may grow, even
+    from nothing: what it lacks is said, and Ray waits for it. ``other_cpus`` is what those short tasks need at least.
 
     Raises:
         ValueError: the actors would reserve every CPU of the cluster, or more GPUs than this machine has.
@@ -37,16 +38,41 @@ def ensure_ray(*, reserved_cpus: float, reserved_gpus: float = 0) -> None:
     quiet()
     ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()
-    if reserved_cpus >= there.get("CPU", 0):
-        raise ValueError(
-            f"{reserved_cpus:g} CPUs are asked for by workers, and the Ray cluster has {there.get('CPU', 0):g}: leave"
-            " at least one free (fewer precompute.num_actors or train.num_workers, or fewer CPUs for each)"
+    lacking = _lacking(there.get("CPU", 0), there.get("GPU", 0), reserved_cpus, reserved_gpus, other_cpus)
+    if lacking and not _may_grow():
+        raise ValueError(lacking)
+    if lacking:
+        logging.getLogger("hdistill").warning("%s. Waiting for the cluster to grow", lacking)
+
+
+def room_for(*, cpus: float, gpus: float) -> int:
+    """How many actors fit into the cluster, one CPU left free; any number where it may grow."""
+    import ray
+
+    if _may_grow():
+        return sys.maxsize
+    there = ray.cluster_resources()
+    by_cpus = int((there.get("CPU", 0) - 1) / cpus)
+    return min(by_cpus, int(there.get("GPU", 0) / gpus)) if gpus else by_cpus
+
+
+def _may_grow() -> bool:
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _lacking(cpus: float, gpus: float, reserved_cpus: float, reserved_gpus: float, other_cpus: float) -> str:
+    """What does not fit into so many CPUs and GPUs; empty where all does."""
+    if reserved_cpus >= cpus or reserved_cpus + other_cpus > cpus:
+        return (
+            f"{reserved_cpus:g} CPUs are asked for by workers, and the Ray cluster has {cpus:g}: leave at least one"
+            " free (fewer num_actors of precompute or evaluate, or train.num_workers, or fewer CPUs for each)"
         )
-    if reserved_gpus > there.get("GPU", 0) and not os.environ.get("RAY_ADDRESS"):  # a named cluster may grow
-        raise ValueError(
-            f"{reserved_gpus:g} GPUs are asked for by workers, and this machine has {there.get('GPU', 0):g}: lower"
-            " precompute.gpus_per_actor or train.gpus_per_worker"
+    if reserved_gpus > gpus:
+        return (
+            f"{reserved_gpus:g} GPUs are asked for by workers, and this machine has {gpus:g}: lower"
+            " gpus_per_actor of precompute or evaluate, or train.gpus_per_worker"
         )
+    return ""
 
 
 def is_running() -> bool:

@@ -1,5 +1,7 @@
 """Latents of real images and embeddings of prompts, made once, with what they are made by in every shard."""
 
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,19 @@ from pipelines.artifacts import fingerprint
 from pipelines.data import DataConfig, DataSplits, ImageSet, load_images, to_model
 from pipelines.latents import pixels_hash
 from pipelines.lazy import LazyPixels
+from pipelines.pictures import Pixels
 from pipelines.precompute import PrecomputeConfig
+from pipelines.production import InParts, unit_rows
 from pipelines.prompts import load_prompts
 from pipelines.prompts_table import Vocabulary, write_prompts
-from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, in_dtype, tensor_table
+from pipelines.shards import Shard, ShardSet, ShardSetSpec, decode, in_dtype, tensor_table
 from pipelines.teachers import Teacher, TeacherConfig, load_codec, text_files
 from pipelines.text import TextFiles
 
 # Latents
+
+HASH = "pixels_sha256"
+"""Column that tells which picture a latent is of."""
 
 
 def latent_spec(config: PrecomputeConfig, teacher: Teacher, images: ImageSet, data: str, labels: str) -> ShardSetSpec:
@@ -38,46 +45,62 @@ def latent_spec(config: PrecomputeConfig, teacher: Teacher, images: ImageSet, da
     )
 
 
-class LatentMaker:
-    """Holds the autoencoder, and makes shards of the images' latents. Rows past the images are mirrored.
+def latent_parts(
+    shards: ShardSet,
+    *,
+    config: PrecomputeConfig,
+    teacher: TeacherConfig,
+    images: DataConfig | LazyPixels | Pixels,
+    labels: np.ndarray,
+) -> InParts:
+    """How latents are made: pictures are read and decoded on CPUs, the autoencoder encodes them.
 
-    Images in memory are read by each maker for itself: they would not fit into what travels to it.
+    Args:
+        images: pixels, or from where whoever reads them is to load them: they would not fit into what travels.
+        labels: ``(rows,)`` int64, of the images; rows of the set past them are of mirrored images.
     """
+    pixels = shards.spec.details["pixels"]
+    return InParts(
+        read=partial(read_pixels, images, labels),
+        encoder=partial(LatentEncoder, config=config, teacher=teacher, pixels=pixels),
+        rows=unit_rows(int(np.prod(pixels)), config.batch_size),
+        readers=1 if isinstance(images, DataConfig) else None,  # each holds a copy of all of them
+    )
 
-    def __init__(
-        self,
-        device: str,
-        *,
-        shards: ShardSet,
-        config: PrecomputeConfig,
-        teacher: TeacherConfig,
-        images: DataConfig | LazyPixels,
-        labels: np.ndarray,
-    ) -> None:
+
+def read_pixels(images: DataConfig | LazyPixels | Pixels, labels: np.ndarray, ids: range) -> pa.Table:
+    """Pixels of some rows, raw, as ``values``; with ``sample_id``, ``label`` and ``pixels_sha256``."""
+    rows, held = np.arange(ids.start, ids.stop), _loaded(images) if isinstance(images, DataConfig) else images
+    pixels = held[rows % len(labels)]
+    pixels = np.where((rows >= len(labels))[:, None, None, None], pixels[:, :, ::-1], pixels)
+    hashes = pa.array([pixels_hash(image) for image in pixels], pa.string())
+    return tensor_table(rows, labels[rows % len(labels)], pixels).append_column(HASH, hashes)
+
+
+@lru_cache(maxsize=1)
+def _loaded(config: DataConfig) -> Pixels | LazyPixels:
+    """Images of a config; those in memory are kept there, as one process reads many units."""
+    return load_images(config).train.images
+
+
+class LatentEncoder:
+    """Holds the autoencoder, and makes latents of pixels."""
+
+    def __init__(self, device: str, *, config: PrecomputeConfig, teacher: TeacherConfig, pixels: Sequence[int]) -> None:
         codec = load_codec(teacher)
         assert codec is not None
-        self._codec, self._shards, self._config = codec.to(device), shards, config
-        self._images = load_images(images).train.images if isinstance(images, DataConfig) else images
-        self._labels = labels
+        self._codec, self._dtype, self._pixels = codec.to(device), config.dtype, pixels
 
-    def shard(self, index: int) -> Shard:
-        """Encode and commit one shard.
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows of `read_pixels` as they are stored: latents in place of pixels.
 
         Raises:
             ValueError: a latent is not finite, or does not fit into the stored dtype.
         """
-        spec, count = self._shards.spec, len(self._labels)
-        ids = np.arange(spec.ids(index).start, spec.ids(index).stop)
-        pixels, size = self._images[ids % count], self._config.batch_size
-        pixels = np.where((ids >= count)[:, None, None, None], pixels[:, :, ::-1], pixels)
-        parts = [self._encoded(pixels[start : start + size]) for start in range(0, len(ids), size)]
-        table = tensor_table(ids, self._labels[ids % count], np.concatenate(parts))
-        hashes = pa.array([pixels_hash(image) for image in pixels], pa.string())
-        return commit_table(self._shards.folder, spec, index, table.append_column("pixels_sha256", hashes))
-
-    def _encoded(self, pixels: np.ndarray) -> np.ndarray:
-        latents = self._codec.encode(to_model(pixels)).cpu().numpy()
-        return in_dtype(latents, self._config.dtype, "latents", ", and check teacher.vae")
+        rows = decode(table, "uint8", self._pixels)
+        latents = self._codec.encode(to_model(rows.values)).cpu().numpy()
+        stored = in_dtype(latents, self._dtype, "latents", ", and check teacher.vae")
+        return tensor_table(rows.sample_ids, rows.labels, stored).append_column(HASH, table.column(HASH))
 
 
 # Prompts

@@ -4,38 +4,46 @@ Samples stream block by block; a sample's noise and label come from its id alone
 same noises, and the result is the same however the blocks are spread.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hd_core.guidance import branches, guided_map
+from hd_core.guidance import branches
 from hd_core.metrics.frechet import frechet_distance
 from hd_core.metrics.prdc import precision_recall
 from hd_core.metrics.statistics import Moments, merge_in_order
-from hd_core.random import fold_in, sample_labels, sample_noise
-from hd_core.solvers import SOLVERS, last
-from hd_core.times import GridConfig, custom
-from hd_core.types import Condition, FlowMap, Images
-from hd_core.walk import walk
-from pipelines.artifacts import ensure_same, read_json, write_arrays, write_json
-from pipelines.cast import new_student
-from pipelines.checkpoints import load_weights
-from pipelines.data import DataSplits, to_uint8
+from hd_core.solvers import SOLVERS
+from hd_core.times import GridConfig
+from pipelines.artifacts import ensure_same, plain_name, read_json, write_arrays, write_json
+from pipelines.data import DataSplits
+from pipelines.feature_shards import FeatureMaker, feature_spec, read_pictures
 from pipelines.features import Extractor
+from pipelines.generators import FLOW_MAP, Generator, class_labels, evaluation_seed, load_student, make_sampler
+from pipelines.production import Actors, produce
 from pipelines.report import Row
+from pipelines.shards import ShardSet
+from pipelines.storage import remove_tree
 from pipelines.teachers import Teacher
 
-FLOW_MAP = "flow_map"
-Sampler = Callable[[Images, Condition], Images]
+__all__ = [
+    "FLOW_MAP",
+    "EvaluateConfig",
+    "Evaluator",
+    "Generator",
+    "Reference",
+    "class_labels",
+    "evaluation_seed",
+    "load_student",
+    "make_sampler",
+    "teacher_generators",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,13 @@ class EvaluateConfig:
     """Guidance with which students are sampled; any but 1 calls the network twice a step."""
     pictures: int = 80
     """Samples of each generator that are kept as pictures."""
+    num_actors: int | tuple[int, int] = 0
+    """Processes that sample side by side, each with networks of its own, or the fewest and the most; 0: this process,
+    without Ray."""
+    cpus_per_actor: float = 1.0
+    """CPUs that each of them gets."""
+    gpus_per_actor: float = 0.0
+    """GPUs that each of them gets; may be a fraction."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.batch_size < 1 or self.neighbours < 1 or self.pictures < 1:
@@ -89,40 +104,12 @@ class EvaluateConfig:
                 raise ValueError(f"solvers.{solver}: each step count once; given {list(steps)}")
             for count in steps:
                 self.grid.times(count)  # a grid of free times has its own multiples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generator:
-    """Something to be measured."""
-
-    label: str
-    """What the report calls it."""
-    stage: str
-    """The stage that trained it; empty for the teacher."""
-    solver: str
-    """The teacher's solver; ``flow_map`` for a student."""
-    grid: tuple[float, ...]
-    """Times from noise to data."""
-    calls_per_image: int
-    """Network calls, both branches of guidance counted, and the analytical first step not."""
-    train_seconds: float
-    """Seconds of the stages that made it."""
-    identity: str
-    """Fingerprint of the network: of its weights and of what it is."""
-    weights: str = ""
-    """The student's weights; empty for the teacher."""
-    afs: bool = False
-    """Whether the first step is analytical."""
-    knows_steps: bool = False
-    """Whether the student is told how many steps its walk has."""
-    guidance_scale: float = 1.0
-    """Guidance of what was trained: of the teacher, or with which a student is sampled."""
+        _ = self.actors  # checks them
 
     @property
-    def key(self) -> str:
-        """A file name of its own."""
-        guided = f"-guided-{self.guidance_scale:g}" if self.stage and self.guidance_scale != 1 else ""
-        return f"{self.stage or self.label}-{self.solver}-{self.calls_per_image}{guided}"
+    def actors(self) -> Actors:
+        """Who samples."""
+        return Actors(count=self.num_actors, cpus=self.cpus_per_actor, gpus=self.gpus_per_actor)
 
 
 def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale: float) -> Iterator[Generator]:
@@ -141,23 +128,6 @@ def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale:
             )
 
 
-def make_sampler(generator: Generator, teacher: Teacher) -> Sampler:
-    """From noise at the grid's first time to images."""
-    grid = custom(generator.grid)
-    if generator.solver == FLOW_MAP:
-        student = guided_map(load_student(generator, teacher), teacher.null_condition, generator.guidance_scale)
-        return torch.no_grad()(partial(walk, student, grid, afs=generator.afs))
-    velocity, states = teacher.velocity(generator.guidance_scale), SOLVERS[generator.solver].states
-    return torch.no_grad()(lambda x, condition: last(states(velocity, x, grid, condition)))
-
-
-def load_student(generator: Generator, teacher: Teacher) -> FlowMap:
-    """The frozen network of a generator that is a student."""
-    student = new_student(teacher, knows_steps=generator.knows_steps)
-    load_weights(Path(generator.weights), student)
-    return student.to(teacher.device).eval().requires_grad_(False)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Real images that nothing was trained on, as features of one net."""
@@ -170,6 +140,8 @@ class Reference:
     """FID of the real training images against these: what a perfect generator would get."""
     halves_fid: float
     """FID of one half of the reference against the other."""
+    pixels: tuple[int, ...]
+    """Height, width and channels of an image."""
 
     @classmethod
     def of(cls, splits: DataSplits, extractor: Extractor) -> "Reference":
@@ -183,7 +155,12 @@ class Reference:
             moments=moments,
             real_fid=frechet_distance(Moments.of(extractor(splits.train.images)), moments),
             halves_fid=frechet_distance(Moments.of(features[:half]), Moments.of(features[half:])),
+            pixels=splits.reference.images.shape[1:],
         )
+
+    def distance(self, blocks: Iterable[np.ndarray]) -> float:
+        """FID of features, ``(n, d)`` a block; the same blocks in the same order give the same bits."""
+        return frechet_distance(merge_in_order(Moments.of(block) for block in blocks), self.moments)
 
 
 class Evaluator:
@@ -199,8 +176,10 @@ class Evaluator:
         seed: int,
         folder: Path,
         labels: Callable[[range], Tensor],
+        elsewhere: Callable[..., FeatureMaker],
     ) -> None:
-        self.config, self.teacher, self.labels = config, teacher, labels
+        """``elsewhere`` is `load_feature_maker` with all that is the same for every generator."""
+        self.config, self.teacher, self.labels, self.elsewhere = config, teacher, labels, elsewhere
         self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
         self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
         if second:  # absent without one, as in rows that were measured before there was a second net
@@ -223,7 +202,7 @@ class Evaluator:
             ValueError: it was measured with other inputs.
         """
         stored = read_json(self.folder / f"{generator.key}.json")
-        if stored is None or not (self.folder / stored["row"]["samples"]).is_file():
+        if stored is None or not self._samples_of(generator, stored["row"]).is_file():
             return None
         made_with, inputs = stored["inputs"], self.inputs(generator)
         retrained = bool(generator.weights) and made_with["identity"] != generator.identity
@@ -233,58 +212,61 @@ class Evaluator:
         row = {**stored["row"], "generator": generator.label, "train_seconds": generator.train_seconds}
         return None if retrained else Row(**row)
 
+    def _samples_of(self, generator: Generator, row: dict[str, Any]) -> Path:
+        return self.folder / plain_name(row["samples"], self.folder / f"{generator.key}.json")
+
     def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
-        """Sample, extract, compare; the row and the first pictures are kept."""
-        sampler = make_sampler(generator, self.teacher)
-        moments, features, second, pictures, seconds = [], [], [], [], 0.0
-        for ids in self._blocks():
-            started = time.perf_counter()
-            images = to_uint8(self._sample(sampler, generator, ids))
-            seconds += time.perf_counter() - started
-            features.append(self.reference.extractor(images))
-            moments.append(Moments.of(features[-1]))
-            if self.second:
-                second.append(Moments.of(self.second.extractor(images)))
-            pictures.append(images[: max(0, self.config.pictures - ids.start)])
-            progress(len(ids))
-        all_features = np.concatenate(features)
-        quality = precision_recall(self.reference.features, all_features, neighbours=self.config.neighbours)
-        row = Row(
+        """Sample, extract, compare; the row and the first pictures are kept, the features are dropped.
+
+        Blocks that an earlier, killed process sampled are taken as they are.
+        """
+        shards = self.shards(generator)
+        if done := sum(shard.rows for shard in shards.shards):
+            progress(done)
+        work = {"shards": shards, "generator": generator, "seed": self.seed, "pictures": self.config.pictures}
+        work["labels"] = self.labels(range(self.config.num_samples)).numpy()
+        extractors = [net.extractor for net in self._references]
+        here = FeatureMaker(teacher=self.teacher, extractors=extractors, **work)
+        maker = partial(self.elsewhere, **work) if self.config.num_actors else lambda _device: here
+        produce(shards, maker, self.config.actors, progress)
+        row = self._row(generator, shards, here)
+        self._keep(generator, row, read_pictures(shards, self.reference.pixels, self.config.pictures))
+        remove_tree(shards.folder.parent)
+        return row
+
+    def shards(self, generator: Generator) -> ShardSet:
+        """The features of a generator's samples, as far as they are there; of each way to make them a folder."""
+        some = np.concatenate([net.features[:1] for net in self._references], axis=1)
+        spec = feature_spec(self.config.num_samples, self.config.batch_size, some, self.inputs(generator))
+        return ShardSet.open(self.folder / f"{generator.key}-features" / spec.fingerprint[:16], spec)
+
+    @property
+    def _references(self) -> list[Reference]:
+        return [self.reference, self.second] if self.second else [self.reference]
+
+    def _row(self, generator: Generator, shards: ShardSet, maker: FeatureMaker) -> Row:
+        features = [rows.values for rows in shards]
+        ours = [part[:, : self.reference.moments.width] for part in features]
+        theirs = [part[:, self.reference.moments.width :] for part in features]
+        quality = precision_recall(self.reference.features, np.concatenate(ours), neighbours=self.config.neighbours)
+        return Row(
             generator=generator.label,
             stage=generator.stage,
             solver=generator.solver,
             nfe=generator.calls_per_image,
             guidance_scale=generator.guidance_scale,
-            num_samples=len(all_features),
-            fid=frechet_distance(merge_in_order(moments), self.reference.moments),
+            num_samples=shards.spec.rows,
+            fid=self.reference.distance(ours),
             fid_features=self.reference.extractor.name,
             precision=quality.precision,
             recall=quality.recall,
-            images_per_second=len(all_features) / seconds,
-            gflops_per_image=self.flops(sampler, generator) / 1e9,
+            images_per_second=images_per_second(shards, maker),
+            gflops_per_image=operations(maker) / 1e9,
             train_seconds=generator.train_seconds,
             samples=f"{generator.key}.npz",
-            second_fid=frechet_distance(merge_in_order(second), self.second.moments) if self.second else None,
+            second_fid=self.second.distance(theirs) if self.second else None,
             second_features=self.second.extractor.name if self.second else "",
         )
-        self._keep(generator, row, np.concatenate(pictures))
-        return row
-
-    def _blocks(self) -> Iterator[range]:
-        total, size = self.config.num_samples, self.config.batch_size
-        return (range(start, min(total, start + size)) for start in range(0, total, size))
-
-    def _sample(self, sampler: Sampler, generator: Generator, ids: range) -> Tensor:
-        noise = sample_noise(evaluation_seed(self.seed), ids, self.teacher.shape).to(self.teacher.device)
-        condition = self.teacher.condition(self.labels(ids)).to(self.teacher.device)
-        return self.teacher.decoded(sampler(generator.grid[0] * noise, condition))
-
-    def flops(self, sampler: Sampler, generator: Generator) -> float:
-        """Floating-point operations for one image; a multiply and its add are two."""
-        # The counter does not know the fused attention of CPUs: the plain one is counted on every device.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self._sample(sampler, generator, range(1))
-        return float(counter.get_total_flops())
 
     def _keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
         labels = self.labels(range(len(pictures))).numpy()
@@ -295,11 +277,18 @@ class Evaluator:
         write_json(self.folder / f"{generator.key}.json", stored)
 
 
-def class_labels(seed: int, classes: int, ids: range) -> Tensor:
-    """The class of each sample that is measured, from its id alone."""
-    return sample_labels(evaluation_seed(seed), ids, max(1, classes))
+def operations(maker: FeatureMaker) -> float:
+    """Floating-point operations for one image; a multiply and its add are two."""
+    # The counter does not know the fused attention of CPUs: the plain one is counted on every device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        maker.samples(range(1))
+    return float(counter.get_total_flops())
 
 
-def evaluation_seed(seed: int) -> int:
-    """Seed of the evaluation's noises and labels, apart from those of training."""
-    return fold_in(seed, "evaluate")
+def images_per_second(shards: ShardSet, maker: FeatureMaker) -> float:
+    """Of one maker while it samples, over the blocks whose seconds are known, or a block that is sampled for it."""
+    timed = [(shard.rows, shard.seconds) for shard in shards.shards if shard.seconds]
+    if not timed:  # all were adopted from a driver that died
+        images, seconds = maker.block(0)
+        timed = [(len(images), seconds)]
+    return sum(rows for rows, _ in timed) / sum(seconds for _, seconds in timed)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pipelines.artifacts import RunDir
 from pipelines.data import DataSplits, load_images
-from pipelines.encoding import LatentMaker, PromptMaker, latent_spec, prompt_spec, vocabulary_of
+from pipelines.encoding import PromptMaker, latent_parts, latent_spec, prompt_spec, vocabulary_of
 from pipelines.evaluate import class_labels
 from pipelines.lazy import LazyPixels
 from pipelines.precompute import TrajectoryMaker, trajectory_spec
 from pipelines.process import default_device
-from pipelines.production import MakerOn
+from pipelines.production import InParts, MakerOn
 from pipelines.prompts_table import PromptTable, Vocabulary
 from pipelines.recipe import Recipe
 from pipelines.shards import ShardSet, ShardSetSpec
@@ -134,14 +134,14 @@ class Inputs:
             prompts=self.prompts,
         )
 
-    def latent_maker(self, latents: ShardSet) -> MakerOn:
+    def latent_maker(self, latents: ShardSet) -> InParts:
         recipe, images = self.recipe, self.splits.train.images
-        return partial(
-            LatentMaker,
-            shards=latents,
+        travels = isinstance(images, LazyPixels) or not recipe.precompute.num_actors
+        return latent_parts(
+            latents,
             config=recipe.precompute,
             teacher=recipe.teacher,
-            images=images if isinstance(images, LazyPixels) else recipe.data,
+            images=images if travels else recipe.data,
             labels=self.image_labels,
         )
 

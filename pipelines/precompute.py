@@ -41,8 +41,9 @@ class PrecomputeConfig:
     """Rows per file: the unit that is committed, and that a restart makes again."""
     batch_size: int = 512
     """Rows that a network takes at once."""
-    num_actors: int = 2
-    """Processes that work side by side, each with a network of its own; 0: this process, without Ray."""
+    num_actors: int | tuple[int, int] = 2
+    """Processes that work side by side, each with a network of its own, or the fewest and the most; 0: this process,
+    without Ray."""
     cpus_per_actor: float = 1.0
     """CPUs that each of them gets."""
     gpus_per_actor: float = 0.0
@@ -54,15 +55,9 @@ class PrecomputeConfig:
         for name in ("num_samples", "intervals", "shard_rows", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; given {getattr(self, name)}")
-        if self.num_actors < 0:
-            raise ValueError(f"num_actors must not be negative; given {self.num_actors}")
         if not 0 <= self.null_share <= 1:
             raise ValueError(f"null_share must lie in [0, 1]; given {self.null_share}")
-        if self.cpus_per_actor <= 0 or self.gpus_per_actor < 0:
-            raise ValueError(
-                "cpus_per_actor must be positive and gpus_per_actor not negative;"
-                f" given {self.cpus_per_actor} and {self.gpus_per_actor}"
-            )
+        _ = self.actors  # checks them
 
     @property
     def calls_per_sample(self) -> int:

@@ -13,12 +13,14 @@ from hd_core.random import sample_labels, sample_noise
 from hd_core.types import Condition
 from pipelines.artifacts import read_json, write_json
 from pipelines.data import load_images, to_uint8
-from pipelines.evaluate import EvaluateConfig, Evaluator, Generator, evaluation_seed, make_sampler
+from pipelines.evaluate import EvaluateConfig, Evaluator, Generator, evaluation_seed, make_sampler, operations
+from pipelines.feature_shards import FeatureMaker
 from pipelines.feature_training import FeatureTraining, make_feature_net
 from pipelines.features import FeatureNet, FeatureNetConfig, save_feature_net
 from pipelines.recipe import override
 from pipelines.report import Row, read_report
 from pipelines.run import Run
+from pipelines.shards import Shard, ShardSet
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import open_run
 
@@ -37,6 +39,19 @@ def evaluator_of(job: Run, folder: Path, **changes: object) -> Evaluator:
 
 def generator_of(job: Run, key: str) -> Generator:
     return next(generator for generator in job.generators() if generator.key == key)
+
+
+def maker_of(job: Run, generator: Generator, evaluator: Evaluator | None = None) -> FeatureMaker:
+    evaluator = evaluator or job.evaluator()
+    return FeatureMaker(
+        shards=evaluator.shards(generator),
+        teacher=job.teacher,
+        extractors=[job.extractor],
+        generator=generator,
+        seed=evaluator.seed,
+        labels=evaluator.labels(range(200)).numpy(),
+        pictures=16,
+    )
 
 
 # Sampling
@@ -123,6 +138,102 @@ def test_a_longer_evaluation_keeps_no_more_pictures_than_asked_for(job: Run, tmp
     assert len(np.load(tmp_path / row.samples)["images"]) == 130
 
 
+# By whom, and after a kill
+
+
+def features_of(evaluator: Evaluator, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
+    """The shards of a measurement, which are dropped at its end."""
+    kept: list[Shard] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardSet, "commit", lambda shards, shard: (kept.append(shard), commit(shards, shard)))
+        evaluator.measure(generator)
+    return sorted(kept, key=lambda shard: shard.index)
+
+
+commit = ShardSet.commit
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("count", [1, 2, (1, 2)])
+def test_actors_measure_the_same_to_the_last_bit(
+    ray_cluster: None, judged: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int | tuple[int, int]
+) -> None:
+    """With a second net, and a student; four blocks, the last of them short."""
+    generator = generator_of(judged, "sfd_2-flow_map-2")
+    evaluators = [
+        evaluator_of(judged, tmp_path / str(number), batch_size=60, num_actors=actors, pictures=70)
+        for number, actors in enumerate((0, count))
+    ]
+    here, there = (features_of(evaluator, generator, monkeypatch) for evaluator in evaluators)
+    assert [shard.sha256 for shard in there] == [shard.sha256 for shard in here] and len(here) == 4
+    rows = [evaluator.finished(generator) for evaluator in evaluators]
+    assert rows[0] and rows[1] and replace(rows[0], images_per_second=1) == replace(rows[1], images_per_second=1)
+    pictures = [np.load(evaluator.folder / "sfd_2-flow_map-2.npz")["images"] for evaluator in evaluators]
+    assert np.array_equal(*pictures) and len(pictures[0]) == 70
+
+
+@pytest.mark.ray
+def test_two_actors_and_other_blocks_measure_the_same_to_rounding(ray_cluster: None, job: Run, tmp_path: Path) -> None:
+    generator = generator_of(job, "teacher-dpmpp_3m-2")
+    found = evaluator_of(job, tmp_path, batch_size=77, num_actors=2).measure(generator)
+    row = Row(**read_json(job.dir.evaluation / f"{generator.key}.json")["row"])
+    assert found.fid == pytest.approx(row.fid, rel=1e-6)
+    assert (found.precision, found.recall, found.num_samples) == (row.precision, row.recall, 200)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{generator.key}.json", f"{generator.key}.npz"}
+
+
+class Died(BaseException):
+    pass
+
+
+def test_a_killed_measurement_goes_on_where_it_was(job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four blocks are sampled again, the others are read; the result is that of an unkilled one."""
+    generator, sampled, told = generator_of(job, "refine-flow_map-1"), list[int](), list[int]()
+    make = FeatureMaker.shard
+
+    def spying(maker: FeatureMaker, index: int) -> Shard:
+        if index == 2 and not sampled[2:]:
+            sampled.append(-1)
+            raise Died
+        sampled.append(index)
+        return make(maker, index)
+
+    monkeypatch.setattr(FeatureMaker, "shard", spying)
+    evaluator = evaluator_of(job, tmp_path / "killed", batch_size=60)
+    with pytest.raises(Died):
+        evaluator.measure(generator)
+    assert evaluator.finished(generator) is None
+    row = evaluator.measure(generator, told.append)
+    assert sampled == [0, 1, -1, 2, 3] and told == [120, 60, 20]
+    whole = evaluator_of(job, tmp_path / "whole", batch_size=60).measure(generator)
+    assert replace(row, images_per_second=1) == replace(whole, images_per_second=1)
+    pictures = [np.load(tmp_path / kind / row.samples)["images"] for kind in ("killed", "whole")]
+    assert np.array_equal(*pictures)
+
+
+def test_blocks_of_another_size_or_of_other_weights_are_not_gone_on_with(job: Run, tmp_path: Path) -> None:
+    generator = generator_of(job, "refine-flow_map-1")
+    begun = evaluator_of(job, tmp_path, batch_size=60)
+    maker = maker_of(job, generator, begun)
+    begun.shards(generator).commit(maker.shard(0))
+    assert len(begun.shards(generator).shards) == 1
+    assert not begun.shards(replace(generator, identity="retrained")).shards
+    other = evaluator_of(job, tmp_path, batch_size=50)
+    assert not other.shards(generator).shards
+    other.measure(generator)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{generator.key}.json", f"{generator.key}.npz"}
+
+
+def test_the_rate_is_known_where_every_block_was_adopted(job: Run, tmp_path: Path) -> None:
+    generator = generator_of(job, "refine-flow_map-1")
+    evaluator = evaluator_of(job, tmp_path)
+    maker = maker_of(job, generator, evaluator)
+    for index in range(2):
+        maker.shard(index)
+    assert [shard.seconds for shard in evaluator.shards(generator).shards] == [0, 0]
+    assert 0 < evaluator.measure(generator).images_per_second < 1e6
+
+
 # A second feature net
 
 
@@ -204,7 +315,7 @@ def dit_flops(width: int, depth: int, tokens: int, area: int, *, student: bool) 
 )  # fmt: skip
 def test_operations_are_those_of_a_longhand_count(job: Run, key: str, calls: int, student: bool):
     generator = generator_of(job, key)
-    found = job.evaluator().flops(make_sampler(generator, job.teacher), generator)
+    found = operations(maker_of(job, generator))
     assert found == calls * dit_flops(64, 4, 16, 4, student=student)
     row = read_json(job.dir.evaluation / f"{key}.json")["row"]
     assert row["gflops_per_image"] == found / 1e9 and row["nfe"] == calls
@@ -274,6 +385,8 @@ def test_all_that_makes_a_generator_is_among_its_inputs(job: Run):
         ({"num_samples": 1}, "num_samples must be at least 2"),
         ({"batch_size": 0}, "batch_size, neighbours and pictures at least 1"),
         ({"features": ""}, "features must name a net"),
+        ({"num_actors": (2, 1)}, "num_actors must not be negative; of two, the first must be at least 1 and not above"),
+        ({"cpus_per_actor": 0.0}, "cpus_per_actor must be positive"),
         ({"second_features": "nets/digits"}, "second_features one of another name; given 'digits' and 'nets/digits'"),
         ({"num_samples": 5}, "neighbours must be below num_samples; given 5 and 5"),
         ({"solvers": {"rk4": (1,)}}, "solvers: 'rk4' is not one of euler, "),

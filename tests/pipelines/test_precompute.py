@@ -128,6 +128,21 @@ def test_two_actors_make_what_is_missing_and_survive_a_kill(
 
 
 @pytest.mark.ray
+def test_a_pool_that_may_grow_makes_the_same_bytes(made: ShardSet, teacher: Teacher, tmp_path: Path) -> None:
+    shards = open_set(tmp_path / "trajectories", teacher)
+    precompute(shards, replace(CONFIG, num_actors=(1, 2), cpus_per_actor=1.0))
+    assert [shard.sha256 for shard in shards.shards] == [shard.sha256 for shard in made.shards]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_actors": -1}, {"num_actors": (0, 2)}, {"cpus_per_actor": 0.0}, {"gpus_per_actor": -1.0}], ids=str
+)
+def test_actors_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"num_actors must not be|cpus_per_actor must be"):
+        replace(CONFIG, **changes)
+
+
+@pytest.mark.ray
 def test_actors_that_reserve_every_cpu_are_refused(ray_cluster: None, teacher: Teacher, tmp_path: Path) -> None:
     """Ray Data would wait for ever without a word."""
     config = replace(CONFIG, num_actors=4, cpus_per_actor=1.0)
