@@ -30,10 +30,11 @@ from hd_core.random import Draws
 from hd_core.step import train_step
 from pipelines.artifacts import RunDir, read_json, write_json
 from pipelines.feed import Feed
+from pipelines.group import Group
 from pipelines.process import prepare_process, process_started
 from pipelines.run import Run
 from pipelines.stages import step_seed
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.trainer import StageTrainer, Watch
 
 Recipe = dict[str, Any]
 ASSETS = Path(__file__).parent / "assets"

@@ -39,12 +39,13 @@ from hd_core.times import positions
 from hd_core.types import Grid, Images
 from pipelines.artifacts import RunDir
 from pipelines.feed import Feed
+from pipelines.group import Group
 from pipelines.precompute import PrecomputeConfig, solve, trajectory_labels
 from pipelines.process import prepare_process
 from pipelines.run import Run
 from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob, step_seed
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.trainer import StageTrainer, Watch
 
 DIGITS = recipes.load("digits")
 LIKE = DIGITS.stages["sfd_3"]

@@ -26,12 +26,13 @@ from hd_core.random import Draws
 from hd_core.step import train_step
 from pipelines.artifacts import RunDir
 from pipelines.feed import Feed
+from pipelines.group import Group
 from pipelines.precompute import solve, trajectory_labels
 from pipelines.probing import Probe
 from pipelines.run import Run
 from pipelines.shards import write_shard
 from pipelines.stages import step_seed
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.trainer import StageTrainer, Watch
 
 Point = tuple[int, float, float]
 """Iteration, seconds, FID."""

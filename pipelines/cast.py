@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,19 +16,20 @@ from hd_core.random import fold_in
 from hd_core.step import Player, TrainState
 from pipelines.adapters import adapted
 from pipelines.checkpoints import load_weights
+from pipelines.group import ALONE, Group
 from pipelines.perceptual import load_perceptual
-from pipelines.stages import StageJob, TuningConfig
+from pipelines.sharding import split
+from pipelines.stages import Sharded, StageJob, TuningConfig
+from pipelines.storage import located
 from pipelines.teachers import Teacher
 
 T = TypeVar("T", Tensor, list[Tensor])
 
 
-def build(
-    job: StageJob, teacher: Teacher, mean: Callable[[Tensor], Tensor] = lambda value: value
-) -> tuple[TrainState, Cast]:
+def build(job: StageJob, teacher: Teacher, group: Group = ALONE) -> tuple[TrainState, Cast]:
     """Networks, optimisers and average of a stage at step 0, and the cast that its objective calls.
 
-    ``mean`` is the mean over workers.
+    What the recipe splits among workers is split here, the teacher's own network included.
 
     Raises:
         ValueError: the teacher lacks what the objective asks of it.
@@ -49,6 +49,8 @@ def build(
     average = frozen_copy(student)
     if job.train.gradient_checkpointing:
         _checkpoint(student.backbone, *([networks["fake_score"]] if "fake_score" in networks else []))
+    start = frozen_copy(student) if "start" in stage.objective.needs else None
+    _split(job, group, {"student": [student, average, start], "teacher": [teacher.backbone]}, networks, features)
     optimizers = {name: getattr(stage.optimizers, name) for name in networks}
     state = TrainState(
         players={name: Player(network=network, config=optimizers[name]) for name, network in networks.items()},
@@ -61,19 +63,37 @@ def build(
         fake_score=in_precision(networks["fake_score"], dtype) if "fake_score" in networks else None,
         discriminator=networks.get("discriminator"),
         features=None if features is None else in_precision(features, dtype),
-        start=in_precision(frozen_copy(student), dtype) if "start" in stage.objective.needs else None,
+        start=None if start is None else in_precision(start, dtype),
         perceptual=load_perceptual(job.perceptual, teacher.device).distance if job.perceptual else None,
         null_condition=None if teacher.null_condition is None else teacher.null_condition.to(teacher.device),
-        mean=mean,
+        mean=group.mean,
+        lockstep=job.train.strategy == "fsdp",
     )
     return state, cast
+
+
+def _split(
+    job: StageJob,
+    group: Group,
+    named: dict[Sharded, list[nn.Module | None]],
+    players: dict[PlayerName, nn.Module],
+    features: FeatureTaps | None,
+) -> None:
+    """Split what the recipe says among the workers, before optimisers take hold of its parameters."""
+    named = {**named, "fake_score": [players.get("fake_score")]}
+    for name, networks in named.items():
+        for network in networks if job.train.splits(name) else []:
+            if network is not None:
+                split(network, group.size, tapped=name == "teacher")
+    if features is not None:
+        features.stops_early = not job.train.splits("teacher")
 
 
 def _student(job: StageJob, teacher: Teacher) -> FlowMapStudent:
     with _seeded(job, "student"):  # its embeddings are new
         student = new_student(teacher, knows_steps=job.start_knows_steps)
         if job.start_weights:
-            load_weights(Path(job.start_weights), student)
+            load_weights(located(job.start_weights), student)
         if job.stage.step_counts and not job.start_knows_steps:
             student.learn_steps(job.stage.step_embedding)
         student.backbone = _moving(student.backbone, job.stage.student)

@@ -1,6 +1,5 @@
 """The command line. Every command is thin: it loads a recipe, calls one function, and explains a user's mistake."""
 
-import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.stores import redact
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from pipelines.recipe import Recipe
     from pipelines.run import Run
 
-_RUN_DIR = "Directory that everything is kept in. [default: runs/NAME]"
+_RUN_DIR = "Directory or URL, such as s3://BUCKET/runs/NAME, that everything is kept in. [default: runs/NAME]"
+
+
+class _Location(click.ParamType[Path]):
+    """A local path, or a URL."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from pipelines.storage import located
+
+        return located(value)
 
 
 class _Commands(click.Group):
@@ -32,15 +44,14 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
         except ValueError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {redact(str(error))}", err=True)
             sys.exit(2)
-        except OSError as error:
-            if error.strerror is None or error.errno == errno.EPIPE:  # a closed pipe is click's to end quietly
+        except Exception as error:
+            from pipelines.storage import failure
+
+            if (reason := failure(error)) is None:
                 raise
-            where = f" ({error.filename})" if error.filename else ""
-            click.echo(
-                f"error: {error.strerror}{where}. Nothing finished is lost: run the same command again", err=True
-            )
+            click.echo(f"error: {reason}. Nothing finished is lost: run the same command again", err=True)
             sys.exit(1)
 
 
@@ -74,7 +85,7 @@ def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """What every command takes that works in a run directory."""
 
     @_reads_recipe
-    @click.option("--run-dir", type=click.Path(path_type=Path), help=_RUN_DIR)
+    @click.option("--run-dir", type=_Location(), help=_RUN_DIR)
     @functools.wraps(command)
     def wrapped(recipe: "Recipe", run_dir: Path | None, **options: Any) -> None:
         command(recipe=recipe, run_dir=run_dir or Path("runs") / recipe.name, **options)
@@ -117,6 +128,25 @@ def run(recipe: "Recipe", run_dir: Path, dry_run: bool) -> None:
     job.say(f"[bold]{recipe.name}[/] in {run_dir}")
     report = job.execute(process_started())
     print_table(report, job.console, run_dir=run_dir)
+
+
+@main.command()
+@_reads_recipe
+@click.option("--run-dir", help="Directory or URL that every machine of the cluster can write. [default: runs/NAME]")
+@click.option("--address", required=True, help="Address of the cluster's dashboard, such as http://127.0.0.1:8265.")
+@click.option("--no-wait", is_flag=True, help="Only start it; else its log is shown until it ends.")
+@click.option("--no-code", is_flag=True, help="Use the hdistill that the cluster has; else this one is sent along.")
+def submit(recipe: "Recipe", run_dir: str | None, address: str, no_wait: bool, no_code: bool) -> None:
+    """Run RECIPE as a job on a Ray cluster, as `hdistill run` does here.
+
+    RECIPE and its settings are checked before anything is sent. Ctrl-C stops the watching and not the job. The same
+    command again goes on from what is finished in the run directory. docs/cluster.md says how to get a cluster.
+    """
+    from pipelines.submit import shared_path
+    from pipelines.submit import submit as send
+
+    where = shared_path(run_dir or f"runs/{recipe.name}")
+    sys.exit(send(recipe, where, address, _console(), wait=not no_wait, send_code=not no_code))
 
 
 @main.command()
@@ -227,7 +257,7 @@ def flops(recipe: "Recipe") -> None:
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir", type=_Location())
 def report(run_dir: Path) -> None:
     """Print the table of RUN_DIR again, and rebuild its pictures and report.html."""
     from pipelines.report import print_table, rebuild

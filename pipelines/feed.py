@@ -33,6 +33,8 @@ class Feed:
 
     def __init__(self, job: StageJob, teacher: Teacher, rows: slice, first_step: int) -> None:
         self.job, self.teacher, self.rows, self.first_step = job, teacher, rows, first_step
+        self.bytes_read = 0
+        """Of shards, so far."""
 
     def batches(self, last_step: int) -> Iterator[Batch]:
         """This worker's rows of each step's batch."""
@@ -47,8 +49,14 @@ class Feed:
         assert shards is not None
         plan = batch_plan(self.job, shards)
         if shards.spec.bytes <= self.job.train.resident_bytes:
+            self.bytes_read += shards.spec.bytes
             return resident(shards, plan, self.first_step, self.rows)
-        return streamed(shards, plan, self.first_step, last_step, self.rows)
+        return self._counted(streamed(shards, plan, self.first_step, last_step, self.rows))
+
+    def _counted(self, parts: Iterator[Rows]) -> Iterator[Rows]:
+        for rows in parts:
+            self.bytes_read += rows.values.nbytes
+            yield rows
 
     def _from_noise(self, step: int) -> Batch:
         draws = self._draws(step)

@@ -67,7 +67,7 @@ def _precompute(recipe: Recipe, built: Architecture) -> Estimate:
     # The states are gathered in a list and then copied into one tensor.
     one = Estimate(weights=_frozen(built), activations=max(call + states, 2 * states))
     share = config.gpus_per_actor
-    actors = min(max(1, config.num_actors), int(1 / share)) if 0 < share < 1 else 1
+    actors = min(max(1, config.actors.most), int(1 / share)) if 0 < share < 1 else 1
     return Estimate(weights=actors * one.weights, activations=actors * one.activations)
 
 
@@ -129,7 +129,7 @@ class _Stages:
 
     def _activations(self, name: str, *, checkpointing: bool) -> int:
         stage = self.recipe.stages[name]
-        rows = stage.batch_size // max(1, self.recipe.train.num_workers)
+        rows = stage.batch_size // max(1, self.recipe.train.most_workers)
         teacher = self._call(rows * branches(stage.guided(self.recipe.teacher)))
         own = self._pass(rows, checkpointing=checkpointing)
         if isinstance(stage.objective, MeanFlow):  # the student's graph waits for its derivative

@@ -5,7 +5,6 @@ The FID of a probe is against the *training* images, so that a checkpoint chosen
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,14 @@ from pipelines.data import to_model, to_uint8
 from pipelines.features import load_extractor
 from pipelines.feed import real_images
 from pipelines.stages import StageJob
+from pipelines.storage import located
 from pipelines.teachers import Teacher
 
 
 class Probe:
-    """Looks at one stage's student; lives on the first worker."""
+    """Looks at one stage's student; lives on the first worker, or in a task of its own, which has no cast."""
 
-    def __init__(self, job: StageJob, teacher: Teacher, cast: Cast) -> None:
+    def __init__(self, job: StageJob, teacher: Teacher, cast: Cast | None = None) -> None:
         self.job, self.teacher, self.cast, self.config = job, teacher, cast, job.stage.probe
         assert job.images is not None
         real = job.images.read(range(job.images.spec.num_shards))
@@ -52,15 +52,19 @@ class Probe:
 
     def look(self, state: TrainState) -> dict[str, float]:
         """Values of the training curve, by name."""
-        samples = self.sample(state.average)  # pyright: ignore[reportArgumentType]
-        images = to_uint8(samples)
-        values = {
-            "probe/fid": frechet_distance(Moments.of(self.extractor(images)), self.real),
-            "probe/diversity": within_class_spread(samples, self._kinds(self.labels)) / max(self.real_spread, 1e-12),
-        }
+        values = self.values(state.average)
         if self.config.fake_score_moves and isinstance(self.job.stage.objective, DMD):
             values["probe/fake_score_lag"] = self.fake_score_lag(state, self.job.stage.objective)
         return values
+
+    def values(self, average: torch.nn.Module) -> dict[str, float]:
+        """What the samples of a network are worth."""
+        samples = self.sample(average)  # pyright: ignore[reportArgumentType]
+        images = to_uint8(samples)
+        return {
+            "probe/fid": frechet_distance(Moments.of(self.extractor(images)), self.real),
+            "probe/diversity": within_class_spread(samples, self._kinds(self.labels)) / max(self.real_spread, 1e-12),
+        }
 
     @torch.no_grad()
     def sample(self, student: FlowMap, size: int = 500) -> Tensor:
@@ -74,6 +78,7 @@ class Probe:
 
     def fake_score_lag(self, state: TrainState, objective: DMD) -> float:
         """The fake score's loss over a converged one's, minus 1: a copy is trained on while the generator rests."""
+        assert self.cast is not None
         converged = copy.deepcopy(state.players["fake_score"])
         networks = [player.network for player in state.players.values()]
         followed = replace(self.cast, fake_score=in_precision(converged.network, self.job.train.autocast))
@@ -114,7 +119,7 @@ class BestWeights:
     """The average with the best FID of a probe so far, on disk from the moment it is found."""
 
     def __init__(self, job: StageJob) -> None:
-        folder = Path(job.folder)
+        folder = located(job.folder)
         self.weights, self.about = folder / "student-best.safetensors", folder / "best.json"
         self.inputs = {**job.inputs, "start_sha256": job.start_hash()}
         stored = self._stored()
@@ -139,8 +144,13 @@ class BestWeights:
 
 
 @torch.no_grad()
-def save_looks(job: StageJob, teacher: Teacher, state: TrainState, cast: Cast, rows: int = 32) -> None:
-    """Write what the discriminator says of some generated and some real images: images, logits and token weights."""
+def save_looks(
+    job: StageJob, teacher: Teacher, state: TrainState, cast: Cast, *, write: bool = True, rows: int = 32
+) -> None:
+    """Write what the discriminator says of some generated and some real images: images, logits and token weights.
+
+    Where networks are split among workers, all of them must call it, and one of them writes.
+    """
     assert job.real is not None and isinstance(job.stage.objective, DMD)
     seed, objective = fold_in(job.seed, "stage", job.name, "looks"), job.stage.objective
     noise = sample_noise(seed, range(rows), teacher.shape)
@@ -158,4 +168,5 @@ def save_looks(job: StageJob, teacher: Teacher, state: TrainState, cast: Cast, r
         judged = objective.adversarial.judge(cast, images, asked, draws, "look")
         arrays[f"{kind}_images"] = to_uint8(teacher.decoded(images))
         arrays[f"{kind}_logits"], arrays[f"{kind}_weights"] = judged.logits.cpu().numpy(), judged.weights.cpu().numpy()
-    write_arrays(job.looks, **arrays)
+    if write:
+        write_arrays(job.looks, **arrays)

@@ -27,7 +27,7 @@ from pipelines.artifacts import fingerprint
 from pipelines.data import DataConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.precompute import PrecomputeConfig
-from pipelines.stages import FREE_STAGE_FIELDS, StageConfig, TrainConfig, sampling_grid
+from pipelines.stages import FREE_PROBE_FIELDS, FREE_STAGE_FIELDS, StageConfig, TrainConfig, sampling_grid
 from pipelines.teacher_training import TeacherTraining
 from pipelines.teachers import TeacherConfig
 from pipelines.tracking import TrackConfig
@@ -71,13 +71,15 @@ class Recipe:
                 raise ValueError(f"stages.{name}.start: {stage.start!r} is not one of {', '.join(earlier)}")
             self._check_batch(name, stage)
             self._check_derivative(name, stage)
+            self._check_spread(name, stage)
             self._check_trajectories(name, stage)
             earlier.append(name)
 
     def _check_batch(self, name: str, stage: StageConfig) -> None:
-        workers = max(1, self.train.num_workers)
-        if stage.batch_size % workers:
-            raise ValueError(f"stages.{name}.batch_size: {stage.batch_size} does not divide among {workers} workers")
+        if stage.batch_size < self.train.most_workers:
+            raise ValueError(
+                f"stages.{name}.batch_size: {stage.batch_size} rows are fewer than {self.train.most_workers} workers"
+            )
         if "trajectories" in stage.objective.needs and stage.batch_size > self.precompute.num_samples:
             raise ValueError(
                 f"stages.{name}.batch_size: {stage.batch_size} rows are more than the {self.precompute.num_samples}"
@@ -90,6 +92,26 @@ class Recipe:
             raise ValueError(
                 f"stages.{name}.objective: derivative exact cannot go through train.gradient_checkpointing; use"
                 " finite_difference, or turn it off"
+            )
+
+    def _check_spread(self, name: str, stage: StageConfig) -> None:
+        """What does not go with networks that are split among workers, or with a batch that is computed in parts."""
+        split, objective = self.train.splits, stage.objective
+        if isinstance(objective, MeanFlow) and objective.derivative == "exact" and split("student"):
+            raise ValueError(
+                f"stages.{name}.objective: derivative exact cannot go through a split student; use finite_difference,"
+                " or leave student out of train.sharded"
+            )
+        if stage.student.kind == "lora" and split("student"):
+            raise ValueError(f"stages.{name}.student: adapters need a whole student: leave it out of train.sharded")
+        if stage.probe.every and not stage.probe.beside and (split("student") or split("teacher")):
+            raise ValueError(
+                f"stages.{name}.probe: the first worker alone cannot sample what is split among all: set probe.beside"
+            )
+        if self.train.micro_batch_size and isinstance(objective, DMD) and objective.adversarial.weighting == "matched":
+            raise ValueError(
+                f"stages.{name}.objective.adversarial: weighting matched compares gradients over the whole batch: set"
+                " train.micro_batch_size to 0, or use fixed"
             )
 
     def _check_trajectories(self, name: str, stage: StageConfig) -> None:
@@ -179,15 +201,24 @@ _FREE = (
     "train.gradient_checkpointing",
     "train.resident_bytes",
     "train.max_failures",
+    "train.strategy",
+    "train.sharded",
+    "train.micro_batch_size",
+    "train.keep_checkpoints",
+    "train.resize_seconds",
     "precompute.num_actors",
     "precompute.cpus_per_actor",
     "precompute.gpus_per_actor",
     "precompute.batch_size",
     "evaluate.batch_size",
+    "evaluate.num_actors",
+    "evaluate.cpus_per_actor",
+    "evaluate.gpus_per_actor",
     "evaluate.solvers",
     "evaluate.step_counts",
     "evaluate.guidance_scales",
     *(f"stages.*.{name}" for name in FREE_STAGE_FIELDS),
+    *(f"stages.*.probe.{name}" for name in FREE_PROBE_FIELDS),
 )
 """Patterns of fields that say how, where and what else, not what: changing them changes no result that is there."""
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -18,18 +18,21 @@ from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
 from pipelines.cluster import is_running, stop_ray
+from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
+from pipelines.feature_shards import load_feature_maker
 from pipelines.features import BUILT_IN, Extractor, load_extractor
 from pipelines.inputs import Inputs
 from pipelines.journal import Status
 from pipelines.perceptual import LPIPS, load_perceptual
 from pipelines.process import environment
-from pipelines.production import MakerOn, produce, start_for
+from pipelines.production import Made, produce, start_for
 from pipelines.progress import bar
 from pipelines.recipe import TEACHER, Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob, measured_steps, sampling_grid, stage_inputs
+from pipelines.storage import local_stand_in
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
 from pipelines.trainer import Watch
@@ -45,6 +48,7 @@ class Run(Inputs):
         super().__init__(recipe, run_dir)
         self.console = console
         self.phases: list[Phase] = []
+        self.bill = Bill(run_dir.path / "costs")
         self.tracker: Tracker = NoopTracker()
 
     @cached_property
@@ -167,6 +171,8 @@ class Run(Inputs):
 
     def evaluator(self) -> Evaluator:
         """Measures this run's generators."""
+        asked = self.recipe.evaluate
+        nets = [_portable(net) for net in (asked.features, asked.second_features) if net]
         return Evaluator(
             self.recipe.evaluate,
             self.reader,
@@ -176,6 +182,7 @@ class Run(Inputs):
             self.recipe.seed,
             self.dir.evaluation,
             self.evaluation_labels,
+            partial(load_feature_maker, teacher=self.recipe.teacher, prompts=self.prompts, nets=nets),
         )
 
     # Phases
@@ -198,7 +205,7 @@ class Run(Inputs):
         """Hold the directory, and record how it ended; a directory of another recipe is left as it is."""
         check_recipe(self.dir, self.recipe)
         _ = self.teacher, self.splits  # a mistake in them leaves the directory unclaimed
-        with self.dir.locked():
+        with self.dir.locked(self.say):
             self._claim()
             self._say_what_is_skipped()
             self._open_tracker()
@@ -266,33 +273,42 @@ class Run(Inputs):
             with self.phase("ray stop"):
                 stop_ray()
 
-    def _make(self, phase: str, shards: ShardSet, maker: MakerOn, what: str) -> None:
+    def _make(self, phase: str, shards: ShardSet, maker: Made, what: str) -> None:
         """Make a set's missing and damaged shards, or find it whole."""
         for file in shards.damaged():
             self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
+        shards.list_adopted()
         if shards.complete:
             self._record(phase, 0.0, reused=True)
             return
         actors = self.recipe.precompute.actors
         if actors.count and not is_running():
             with self.phase("ray start"):
-                start_for(shards, actors)
+                start_for(shards, maker, actors)
         with self.phase(phase):
-            self._produce(shards, maker, what)
+            self._produce(phase, shards, maker, what)
 
-    def _produce(self, shards: ShardSet, maker: MakerOn, what: str) -> None:
+    def _produce(self, phase: str, shards: ShardSet, maker: Made, what: str) -> None:
+        billed = ShardBill(self.bill, phase, shards, self._calls_per_row(phase))
         done = sum(shard.rows for shard in shards.shards)
         if done:
             self.say(f"{what}: {done:,} of {shards.spec.rows:,} are there; making the rest")
         with bar(self.console, what, shards.spec.rows) as show:
-            counter = _Counter(done, show)
+            counter = _Counter(done, lambda rows: (billed.see(), show(rows)))
             show(done)
             produce(shards, maker, self.recipe.precompute.actors, counter.add)
+
+    def _calls_per_row(self, phase: str) -> int:
+        """Network calls for one row of a shard set: encoders run once."""
+        if phase != "precompute":
+            return 1
+        return self.recipe.precompute.calls_per_sample * branches(self.recipe.teacher.guidance_scale)
 
     def _write_images(self) -> None:
         shards, images, labels = self.images, self.splits.train.images, self.image_labels
         for file in shards.damaged():
             self.say(f"[yellow]shard {file} of images is missing or damaged: writing it again[/]")
+        shards.list_adopted()
         for index in shards.missing:
             ids = shards.spec.ids(index)
             part = slice(ids.start, ids.stop)
@@ -380,6 +396,8 @@ class Run(Inputs):
         if row.second_fid is not None:
             metrics[f"fid_{row.second_features}"] = row.second_fid
         self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
+        sampling = row.num_samples / row.images_per_second
+        self.bill.add("evaluate", worker_seconds=sampling, network_calls=float(row.num_samples * row.nfe))
         if row.stage and row.samples == f"{self.student(row.stage).key}.npz":
             tracker = self._stage_tracker(self.job(row.stage))
             tracker.metrics(metrics, step=self.recipe.stages[row.stage].num_steps)
@@ -387,8 +405,10 @@ class Run(Inputs):
 
     def report(self, rows: list[Row]) -> Report:
         """Write report.json, report.html and the pictures."""
-        with self.phase("report"):
+        with self.phase("report", billed=False):
             report = self._write_report(rows)
+            for phase in report.phases:
+                self.tracker.metrics(metrics_of(phase), step=0)
             figures = self.dir.path / "figures"
             for picture in sorted(figures.glob("*.png")):
                 self.tracker.figure(picture.stem, picture)
@@ -411,7 +431,7 @@ class Run(Inputs):
             recipe=self.recipe.to_dict(),
             fingerprint=self.recipe.fingerprint,
             rows=rows,
-            phases=list(self.phases),
+            phases=with_costs(self.phases, costs_of(self.dir.path, self.recipe.stages)),
             reference=reference,
             environment=environment(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -422,10 +442,13 @@ class Run(Inputs):
     # Saying what happens
 
     @contextmanager
-    def phase(self, name: str) -> "Iterator[_Phase]":
+    def phase(self, name: str, *, billed: bool = True) -> "Iterator[_Phase]":
         """Time a part of the run and say that it is done, or was before."""
         phase, started = _Phase(), time.perf_counter()
-        yield phase
+        with self.bill.phase(name) if billed else nullcontext():
+            yield phase
+            if phase.reused:
+                self.bill.forget(name)
         self._record(name, time.perf_counter() - started, reused=phase.reused)
 
     def _record(self, name: str, seconds: float, *, reused: bool) -> None:
@@ -444,7 +467,7 @@ class _Phase:
 
 
 class _Counter:
-    def __init__(self, done: int, show: Callable[[int], None]) -> None:
+    def __init__(self, done: int, show: Callable[[int], object]) -> None:
         self._done, self._show = done, show
 
     def add(self, count: int) -> None:
@@ -478,5 +501,5 @@ def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
 
 
 def default_store(run_dir: RunDir) -> Path:
-    """The sqlite file for tracking, shared by the run directories beside this one."""
-    return run_dir.path.resolve().parent / "mlflow.db"
+    """The sqlite file for tracking, shared by the run directories beside this one; `runs/mlflow.db` for remote ones."""
+    return local_stand_in(run_dir.path).resolve().parent / "mlflow.db"

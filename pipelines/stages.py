@@ -15,15 +15,19 @@ from hd_core.objectives.sfd import SFD
 from hd_core.random import fold_in
 from hd_core.step import OptimizerConfig
 from hd_core.types import Grid
-from pipelines.artifacts import atomic_path, ensure_same, file_hash, read_json
+from pipelines.artifacts import ensure_same, file_hash, read_json
 from pipelines.shards import ShardSet
 from pipelines.stability import StopConfig
+from pipelines.storage import located
 from pipelines.teachers import TeacherConfig
 
 Logged = dict[str, float]
+Sharded = Literal["student", "fake_score", "teacher"]
 
 FREE_STAGE_FIELDS = ("label", "log_every", "checkpoint_every", "stop")
 """Fields of a stage that change nothing of what is trained."""
+FREE_PROBE_FIELDS = ("beside", "cpus", "gpus")
+"""Fields of a stage's probe that change nothing of what it sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,19 @@ class ProbeConfig:
     """Which weights the stage passes on: the last, or those with the best FID of a probe. The other file stays too."""
     fake_score_moves: int = 0
     """Moves by which a copy of the fake score is trained on, to tell how far the fake score lags; 0: not measured."""
+    beside: bool = False
+    """Score in a task of its own, anywhere in the cluster, while workers train on; without workers it changes nothing.
+    The signs of a collapse are then sought in losses and gradients alone."""
+    cpus: float = 1.0
+    """CPUs of that task."""
+    gpus: float = 0.0
+    """GPUs of that task; may be a fraction."""
 
     def __post_init__(self) -> None:
+        if self.cpus <= 0 or self.gpus < 0:
+            raise ValueError(f"cpus must be positive and gpus not negative; given {self.cpus} and {self.gpus}")
+        if self.beside and self.fake_score_moves:
+            raise ValueError("fake_score_moves needs the networks in training: set beside to false, or it to 0")
         if self.every < 0 or self.fake_score_moves < 0 or self.num_samples < 2:
             raise ValueError(
                 "every and fake_score_moves must not be negative and num_samples at least 2; given"
@@ -177,8 +192,16 @@ def sampling_grid(name: str, stage: StageConfig, steps: int | None = None) -> Gr
 class TrainConfig:
     """How training is spread."""
 
-    num_workers: int = 0
-    """0: in this process, without a cluster. 1 or more: that many Ray Train workers."""
+    num_workers: int | tuple[int, int] = 0
+    """0: in this process, without a cluster. 1 or more: that many Ray Train workers. [least, most]: as many as the
+    cluster has room for, changing as nodes come and go."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds every network, and gradients are averaged. fsdp: the networks of ``sharded`` are split
+    among the workers (FSDP2)."""
+    sharded: tuple[Sharded, ...] = ("student", "fake_score", "teacher")
+    """What fsdp splits: student (with its average), fake_score, teacher. The rest is held whole."""
+    micro_batch_size: int = 0
+    """Rows that a worker computes at once; a larger share is computed in passes whose gradients add up. 0: no limit."""
     cpus_per_worker: float = 1.0
     """CPUs of each worker, which set its threads."""
     gpus_per_worker: int = 0
@@ -191,15 +214,46 @@ class TrainConfig:
     """A shard set up to this size is held in each worker's memory; a larger one streams through Ray Data."""
     max_failures: int = 3
     """Worker failures that are survived by restarting from the last checkpoint."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept while a stage is trained."""
+    resize_seconds: float = 60.0
+    """How often a group of workers that may grow looks for room."""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0 or self.max_failures < 0 or self.resident_bytes < 0:
-            raise ValueError("num_workers, max_failures and resident_bytes must not be negative")
+        if min(self.max_failures, self.resident_bytes, self.micro_batch_size) < 0:
+            raise ValueError("max_failures, resident_bytes and micro_batch_size must not be negative")
+        self._check_workers()
+        if self.keep_checkpoints < 1 or self.resize_seconds <= 0:
+            raise ValueError("keep_checkpoints must be at least 1 and resize_seconds positive")
         if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
             raise ValueError(
                 "cpus_per_worker must be positive and gpus_per_worker not negative;"
                 f" given {self.cpus_per_worker} and {self.gpus_per_worker}"
             )
+
+    def _check_workers(self) -> None:
+        if isinstance(self.num_workers, int) and self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative; given {self.num_workers}")
+        if not isinstance(self.num_workers, int) and not 1 <= self.num_workers[0] <= self.num_workers[1]:
+            raise ValueError(f"num_workers: [least, most] needs 1 <= least <= most; given {list(self.num_workers)}")
+        if self.strategy == "fsdp" and not self.num_workers:
+            raise ValueError("strategy fsdp splits networks among workers: set num_workers to at least 1")
+        if len(set(self.sharded)) < len(self.sharded) or (self.strategy == "fsdp" and not self.sharded):
+            raise ValueError(f"sharded names each network once, and one at least under fsdp; given {self.sharded}")
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which no stage starts; 0: there are none."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that there may be at once."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def splits(self, network: Sharded) -> bool:
+        """Whether a network is split among the workers."""
+        return self.strategy == "fsdp" and network in self.sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +266,7 @@ class StageJob:
     teacher: TeacherConfig
     seed: int
     folder: str
-    """Where checkpoints, curve and weights go; the same path on every worker."""
+    """Where checkpoints, curve and weights go: a path, the same on every worker, or a URL."""
     start_weights: str
     """Weights that the student starts from; empty: the teacher's own."""
     trajectories: ShardSet | None
@@ -249,29 +303,39 @@ class StageJob:
 
     @property
     def checkpoints(self) -> Path:
-        return Path(self.folder) / "checkpoints"
+        return located(self.folder) / "checkpoints"
 
     @property
     def weights(self) -> Path:
-        return Path(self.folder) / "student.safetensors"
+        return located(self.folder) / "student.safetensors"
 
     @property
     def other_weights(self) -> Path:
         """The last weights, where the best were chosen; `student-best` beside it holds those."""
-        return Path(self.folder) / "student-last.safetensors"
+        return located(self.folder) / "student-last.safetensors"
+
+    @property
+    def scores(self) -> Path:
+        """Averages that wait for their score, and the scores."""
+        return located(self.folder) / "scores"
+
+    @property
+    def scored_beside(self) -> bool:
+        """Whether its probes are scored in a task of their own."""
+        return self.stage.probe.every > 0 and self.stage.probe.beside and self.train.num_workers != 0
 
     @property
     def looks(self) -> Path:
         """What the discriminator said of some images when the stage ended."""
-        return Path(self.folder) / "token_weights.npz"
+        return located(self.folder) / "token_weights.npz"
 
     @property
     def manifest(self) -> Path:
-        return Path(self.folder) / "stage.json"
+        return located(self.folder) / "stage.json"
 
     @property
     def curve(self) -> Path:
-        return Path(self.folder) / "metrics.jsonl"
+        return located(self.folder) / "metrics.jsonl"
 
     def finished(self) -> dict[str, Any] | None:
         """The stage's manifest, if the stage is done and whole.
@@ -288,7 +352,7 @@ class StageJob:
 
     def start_hash(self) -> str:
         """Hash of the weights that the student starts from; empty where they are the teacher's, or are not there."""
-        path = Path(self.start_weights)
+        path = located(self.start_weights)
         return file_hash(path) if self.start_weights and path.is_file() else ""
 
 
@@ -299,33 +363,11 @@ def stage_inputs(
     settings = asdict(stage)
     for free in (*FREE_STAGE_FIELDS, "start"):
         settings.pop(free)
+    for free in FREE_PROBE_FIELDS:
+        settings["probe"].pop(free)
     return json.loads(json.dumps({**settings, "autocast": train.autocast, "seed": seed, "name": name, **upstream}))
 
 
 def step_seed(job: StageJob, step: int) -> int:
     """Seed of one step's draws."""
     return fold_in(job.seed, "stage", job.name, "step", step)
-
-
-class Curve:
-    """The training curve: one JSON line a logged step, cut back to the checkpoint on a restart."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        kept = [line for line in self.read(path) if line["step"] <= step]
-        self.seconds: float = kept[-1]["seconds"] if kept else 0.0
-        self.kept = kept
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-    @staticmethod
-    def read(path: Path) -> list[dict[str, float]]:
-        """All whole lines of a curve."""
-        lines = path.read_text().splitlines() if path.is_file() else []
-        whole = [line for line in lines if line.endswith("}")]
-        return [json.loads(line) for line in whole]
-
-    def add(self, step: int, values: Logged) -> None:
-        """Append one point."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")

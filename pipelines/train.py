@@ -1,18 +1,22 @@
 """Training on Ray Train: a stage's worker loop, in this process or in a group of workers."""
 
-import shutil
 import signal
 import threading
-import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipelines.artifacts import write_json
 from pipelines.feed import batch_plan
+from pipelines.group import Group
 from pipelines.process import WORKER_ENVIRONMENT, prepare_process
-from pipelines.stages import StageJob, TrainConfig
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.scoring import validate
+from pipelines.stages import Logged, StageJob, TrainConfig
+from pipelines.storage import is_remote, located, remove_tree, store_of
+from pipelines.trainer import StageTrainer, Watch
 
 
 def train_stage(job: StageJob, watch: Callable[[], Watch] = Watch) -> None:
@@ -31,18 +35,18 @@ def train_stage(job: StageJob, watch: Callable[[], Watch] = Watch) -> None:
 
     quiet()
     check(job)
-    workers = job.train.num_workers
-    if workers:
-        ensure_ray(reserved_cpus=workers * job.train.cpus_per_worker, reserved_gpus=workers * job.train.gpus_per_worker)
-    storage = (Path(job.folder) / "ray").resolve()
+    if job.train.num_workers:
+        ensure_ray(**_reserved(job))
+    storage = located(job.folder) / "ray"
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"job": job, "watch": watch},
         torch_config=TorchConfig(backend="nccl" if job.train.gpus_per_worker else "gloo"),
         scaling_config=_scaling(job.train),
+        validation_config=_validation(job),
         run_config=RunConfig(
-            name=f"train-{time.time_ns()}",
-            storage_path=str(storage),
+            name=f"train-{uuid.uuid4().hex}",
+            **_stored(storage),
             failure_config=FailureConfig(max_failures=job.train.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
@@ -50,7 +54,7 @@ def train_stage(job: StageJob, watch: Callable[[], Watch] = Watch) -> None:
     try:
         mistake = _fit(trainer)
     finally:
-        shutil.rmtree(storage, ignore_errors=True)  # Ray's own record of the workers; the stage's folder is the truth
+        remove_tree(storage)  # Ray's own record of the workers; the stage's folder is the truth
     if mistake:
         raise mistake
 
@@ -59,15 +63,67 @@ def check(job: StageJob) -> None:
     """See that the batches of a stage can be made.
 
     Raises:
-        ValueError: the global batch does not divide among the workers, or is larger than the data.
+        ValueError: the global batch leaves a worker without a row, or is larger than the data.
     """
-    group = Group(size=max(1, job.train.num_workers))
+    group = Group(size=max(1, job.train.most_workers))
     try:
         group.rows(job.stage.batch_size)
         for shards in job.data:
             batch_plan(job, shards)
     except ValueError as error:
         raise ValueError(f"stage {job.name}: {error}") from None
+
+
+def _reserved(job: StageJob) -> dict[str, float]:
+    """What must be free before a stage starts: its least workers, and the task that scores beside them."""
+    train, probe, beside = job.train, job.stage.probe, job.scored_beside
+    return {
+        "reserved_cpus": train.least_workers * train.cpus_per_worker + beside * probe.cpus,
+        "reserved_gpus": train.least_workers * train.gpus_per_worker + beside * probe.gpus,
+    }
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Where Ray keeps its own record."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder.resolve())}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    store, key = store_of(folder)
+    return {"storage_path": key, "storage_filesystem": PyFileSystem(FSSpecHandler(store))}
+
+
+def _validation(job: StageJob) -> Any:
+    """How Ray Train scores averages beside the workers."""
+    from ray.train import ValidationConfig, ValidationTaskConfig
+
+    if not job.scored_beside:
+        return None
+    resources = {"num_cpus": job.stage.probe.cpus, "num_gpus": job.stage.probe.gpus}
+    environment = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+    task = ValidationTaskConfig(fn_kwargs={"job": job})
+    return ValidationConfig(fn=validate, task_config=task, ray_remote_kwargs={**resources, **environment})
+
+
+class RayReport:
+    """Reports to Ray Train's controller. Its checkpoints are mere tokens: ours are in the stage's folder."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def __call__(self, step: int, values: Logged, *, score: bool) -> None:
+        from ray.train import Checkpoint, ValidationTaskConfig, report
+
+        validation = ValidationTaskConfig(fn_kwargs={"step": step}) if score else False
+        with TemporaryDirectory() as folder:
+            write_json(Path(folder) / "step.json", {"step": step})
+            token = Checkpoint.from_directory(folder) if self._group.leads else None
+            report({"step": step, **values}, checkpoint=token, validation=validation)
+
+    def wait(self) -> None:
+        from ray.train import get_all_reported_checkpoints
+
+        get_all_reported_checkpoints()
 
 
 def _fit(trainer: Any) -> Exception | None:
@@ -110,7 +166,10 @@ def _scaling(train: TrainConfig) -> Any:
         return ScalingConfig(num_workers=0)
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})
     return ScalingConfig(
-        num_workers=train.num_workers, use_gpu=train.gpus_per_worker > 0, resources_per_worker=resources
+        num_workers=train.num_workers,
+        use_gpu=train.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=train.resize_seconds,
     )
 
 
@@ -120,8 +179,9 @@ def _train_loop(config: dict[str, Any]) -> Exception | None:
     group = Group.current()
     prepare_process(job.train.cpus_per_worker if job.train.num_workers else None)
     watch = config["watch"]() if group.rank == 0 else Watch()
+    report = RayReport(group) if job.scored_beside else None
     try:
-        trainer, mistake = StageTrainer(job, group, watch), None
+        trainer, mistake = StageTrainer(job, group, watch, report), None
         trainer.restore()
     except ValueError as error:
         trainer, mistake = None, error

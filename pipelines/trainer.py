@@ -3,9 +3,9 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +15,19 @@ from hd_core.objectives.turns import Batch
 from hd_core.random import Draws
 from hd_core.step import train_step
 from pipelines.artifacts import atomic_path, file_hash, write_json
+from pipelines.calls import calls_per_row
 from pipelines.cast import build
-from pipelines.checkpoints import load_latest, remove_checkpoints, save_checkpoint, save_weights
+from pipelines.checkpoints import Saver, load_latest, remove_checkpoints, snapshot, weights_of, write_tensors
+from pipelines.costs import keep_worker_costs
+from pipelines.curve import Curve
 from pipelines.feed import Feed
+from pipelines.group import Group
 from pipelines.probing import BestWeights, Probe, save_looks
 from pipelines.process import default_device
+from pipelines.scoring import leave, scores, waiting
 from pipelines.stability import Collapsed, StopRule
-from pipelines.stages import Curve, Logged, StageJob, TrainConfig, step_seed
+from pipelines.stages import Logged, StageJob, TrainConfig, step_seed
+from pipelines.storage import local_copy, located, remove_tree
 from pipelines.teachers import load_teacher
 
 
@@ -36,60 +42,21 @@ class Watch:
     """The stage is trained, or stops for good in this process: what waits to be told can be told now."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The workers that train together."""
+class Report(Protocol):
+    """Tells the group's controller how far training is; every worker calls it at the same moments."""
 
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def current(cls) -> "Group":
-        """This worker's place, as Ray Train tells it."""
-        from ray.train import get_context
-
-        context = get_context()
-        return cls(rank=context.get_world_rank(), size=context.get_world_size())
-
-    def rows(self, batch_size: int) -> slice:
-        """This worker's rows of a global batch.
-
-        Raises:
-            ValueError: the batch does not divide among the workers.
-        """
-        if batch_size % self.size:
-            raise ValueError(f"batch_size {batch_size} does not divide among {self.size} workers")
-        share = batch_size // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def average(self, tensors: list[Tensor]) -> None:
-        """Average tensors over the workers, in place, as one message."""
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        flat /= self.size
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the workers."""
-        found = value.detach().clone()
-        self.average([found])
-        return found
-
-    def first(self, found: Exception | None) -> Exception | None:
-        """What the first worker that found something found; the same on every worker."""
-        if self.size == 1:
-            return found
-        everyone: list[Exception | None] = [None] * self.size
-        torch.distributed.all_gather_object(everyone, found)
-        return next(filter(None, everyone), None)
+    def __call__(self, step: int, values: Logged, *, score: bool) -> None:
+        """``score``: an average was left that is to be scored beside training."""
+        ...
 
     def wait(self) -> None:
-        """Return when every worker has come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        """Return when all that was to be scored is."""
+        ...
+
+
+class _NoReport:
+    def __call__(self, step: int, values: Logged, *, score: bool) -> None: ...
+    def wait(self) -> None: ...
 
 
 def _device(train: TrainConfig) -> str:
@@ -101,16 +68,21 @@ def _device(train: TrainConfig) -> str:
 class StageTrainer:
     """The worker loop of one stage."""
 
-    def __init__(self, job: StageJob, group: Group, watch: Watch) -> None:
-        self.job, self.group, self.watch = job, group, watch
+    def __init__(self, job: StageJob, group: Group, watch: Watch, report: Report | None = None) -> None:
+        self.born = time.perf_counter()
+        self.job, self.group, self.watch, self.report = job, group, watch, report or _NoReport()
         self.rows = group.rows(job.stage.batch_size)
+        self.passes = group.passes(job.stage.batch_size, job.train.micro_batch_size)
         self.device = _device(job.train)
         self.teacher = load_teacher(job.teacher, job.prompts).to(self.device)
-        self.state, self.cast = build(job, self.teacher, group.mean)
+        self.state, self.cast = build(job, self.teacher, group)
         self.recent, self.rule = _Recent(), StopRule(job.stage.stop)
-        leads = group.rank == 0 and job.stage.probe.every > 0
-        self.probe = Probe(job, self.teacher, self.cast) if leads else None
-        self.best = BestWeights(job) if leads else None
+        self.saver = Saver(job.checkpoints, job.inputs, job.train.keep_checkpoints)
+        probes = group.leads and job.stage.probe.every > 0
+        self.probe = Probe(job, self.teacher, self.cast) if probes and not job.scored_beside else None
+        self.best = BestWeights(job) if probes else None
+        self.waited = 0.0
+        """Seconds that this worker has waited for batches."""
 
     def restore(self) -> None:
         """Go to the last whole checkpoint, if there is one.
@@ -124,17 +96,41 @@ class StageTrainer:
 
     def run(self) -> None:
         """Train to the end, then leave the average behind as the stage's result."""
-        curve = Curve(self.job.curve, self.state.step) if self.group.rank == 0 else None
-        feed = Feed(self.job, self.teacher, self.rows, self.state.step)
+        curve = Curve(self.job.curve, self.state.step) if self.group.leads else None
+        self.feed = feed = Feed(self.job, self.teacher, self.rows, self.state.step)
         for point in curve.kept if curve else []:
             self.rule.see(point)
         before, started = curve.seconds if curve else 0.0, time.perf_counter()
         self.watch.progress(self.state.step)
-        for batch in feed.batches(self.job.stage.num_steps):
-            self._iterate(batch.to(self.device), curve, lambda: before + time.perf_counter() - started)
-        if self.group.rank == 0:
-            self._finish(before + time.perf_counter() - started)
+        self._bill()
+        self._report_unscored()
+        with self.saver:
+            for batch in self._timed(feed.batches(self.job.stage.num_steps)):
+                self._iterate(batch.to(self.device), curve, lambda: before + time.perf_counter() - started)
+        self._finish(curve, before + time.perf_counter() - started)
+        self._bill()
         self.group.wait()
+
+    def _bill(self) -> None:
+        """Keep what this worker has spent in its life."""
+        rows = (self.rows.stop - self.rows.start) * (self.state.step - self.feed.first_step)
+        keep_worker_costs(
+            located(self.job.folder),
+            self.group.rank,
+            worker_seconds=time.perf_counter() - self.born,
+            waiting_seconds=self.waited,
+            network_calls=float(rows * calls_per_row(self.job.stage, self.job.guidance_scale)),
+            bytes_read=float(self.feed.bytes_read),
+        )
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def _iterate(self, batch: Batch, curve: "Curve | None", seconds: Callable[[], float]) -> None:
         stage, step = self.job.stage, self.state.step
@@ -147,6 +143,8 @@ class StageTrainer:
             draws,
             progress=step / stage.num_steps,
             synchronise=self.group.average,
+            workers=self.group.size,
+            passes=self.passes,
         )
         self.recent.add(logged)
         done, last = self.state.step, self.state.step == stage.num_steps
@@ -154,9 +152,36 @@ class StageTrainer:
         probed = stage.probe.every > 0 and (done % stage.probe.every == 0 or last)
         if done % stage.log_every == 0 or checkpoint or last or probed or done == 1:
             self._log(done, curve, seconds, probed=probed)
-        if checkpoint and self.group.rank == 0:
-            save_checkpoint(self.job.checkpoints, self.state, self.job.inputs)
+        if checkpoint or (last and self.job.scored_beside):  # what waits for scores can be killed, too
+            self._save(curve)
         self.watch.progress(done)
+
+    def _save(self, curve: "Curve | None") -> None:
+        """Begin to write a checkpoint; the curve up to it is written first."""
+        self._bill()
+        if curve:
+            curve.flush()
+        if self.group.leads or self._is_split:
+            taken = snapshot(self.state)
+            if self.group.leads:
+                self.saver.save(taken)
+
+    @property
+    def _is_split(self) -> bool:
+        return self.job.train.strategy == "fsdp"
+
+    def _leave(self, step: int, numbers: Logged) -> None:
+        """Leave the average to be scored beside training."""
+        weights = weights_of(self.state.average) if self.group.leads or self._is_split else {}
+        if self.group.leads:
+            leave(self.job, step, weights)
+        self.report(step, numbers, score=True)
+
+    def _report_unscored(self) -> None:
+        """Have averages scored that an earlier life of this stage left behind."""
+        if self.job.scored_beside:
+            for step in self.group.tell(waiting(self.job, self.state.step) if self.group.leads else []):
+                self.report(step, {}, score=True)
 
     def _look(self, step: int) -> Logged:
         """What the first worker's probe sees; the best weights so far are kept.
@@ -179,7 +204,10 @@ class StageTrainer:
         numbers = dict(zip(means, values.tolist(), strict=True))
         if diverged := self._divergence(step, numbers):
             raise diverged
-        numbers |= self._look(step) if probed else {}
+        if probed and self.job.scored_beside:
+            self._leave(step, numbers)
+        elif probed:
+            numbers |= self._look(step)
         if curve:
             curve.add(step, {**numbers, "seconds": seconds()})
             self.watch.logged(step, numbers)
@@ -211,35 +239,58 @@ class StageTrainer:
             f" stages.{self.job.name}.stop.enabled=false"
         )
 
-    def _finish(self, seconds: float) -> None:
-        self._save_looks()
+    def _finish(self, curve: "Curve | None", seconds: float) -> None:
+        shares = self.group.leads or self._is_split
+        if shares:
+            self._save_looks()
+        last = weights_of(self.state.average) if shares else {}
+        self.report.wait()
+        if curve is None:
+            return
+        if self.job.scored_beside:
+            self._take_scores(curve)
+        curve.flush()
         result = {
             "inputs": self.job.inputs,
             "start_sha256": self.job.start_hash(),
-            **self._pass_on(),
+            **self._pass_on(last),
             "train_seconds": seconds,
             "steps": self.state.step,
         }
         write_json(self.job.manifest, result)
         remove_checkpoints(self.job.checkpoints)
+        remove_tree(self.job.scores)
 
-    def _pass_on(self) -> dict[str, Any]:
+    def _take_scores(self, curve: Curve) -> None:
+        """Put the scores into the curve, and see which average is best."""
+        found = scores(self.job)
+        curve.add_to(found)
+        for step, values in sorted(found.items()):
+            self.watch.logged(step, values)
+        self.best = BestWeights(self.job)
+        if self.job.stage.probe.keep == "best" and self.best.step is None:
+            raise ValueError(
+                f"stage {self.job.name}: none of its averages could be scored, so there is no best one. Ray's log says"
+                " why; run it again, or set probe.beside to false"
+            )
+
+    def _pass_on(self, last: dict[str, Tensor]) -> dict[str, Any]:
         """Write the weights that others start from: the last, or the best. What the manifest is to say of them."""
         job, best = self.job, self.best
         if best is None or best.step is None:
-            return {"sha256": save_weights(job.weights, self.state.average)}
+            return {"sha256": write_tensors(job.weights, last)}
         about = {"best_step": best.step, "best_probe_fid": best.fid, "kept": job.stage.probe.keep}
         if job.stage.probe.keep == "last":
-            return {**about, "sha256": save_weights(job.weights, self.state.average)}
-        save_weights(job.other_weights, self.state.average)
-        with atomic_path(job.weights) as temporary:
-            shutil.copyfile(best.weights, temporary)
-        return {**about, "sha256": file_hash(job.weights)}
+            return {**about, "sha256": write_tensors(job.weights, last)}
+        write_tensors(job.other_weights, last)
+        with local_copy(best.weights) as file, atomic_path(job.weights) as temporary:
+            shutil.copyfile(file, temporary)
+            return {**about, "sha256": file_hash(temporary)}
 
     def _save_looks(self) -> None:
         """What the discriminator says of some generated and real images at the end."""
         if "discriminator" in self.state.players and isinstance(self.job.stage.objective, DMD):
-            save_looks(self.job, self.teacher, self.state, self.cast)
+            save_looks(self.job, self.teacher, self.state, self.cast, write=self.group.leads)
 
 
 class _Recent:

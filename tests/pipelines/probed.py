@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.curve import Curve
 from pipelines.run import Run
-from pipelines.stages import Curve, StageJob
+from pipelines.stages import StageJob
 from tests.pipelines import tiny
 
 RECIPE = """\

@@ -15,8 +15,9 @@ from pipelines import recipe as recipes
 from pipelines.artifacts import file_hash, read_json
 from pipelines.cast import build
 from pipelines.checkpoints import save_weights
+from pipelines.curve import Curve
 from pipelines.probing import Probe
-from pipelines.stages import Curve, ProbeConfig, StageJob
+from pipelines.stages import ProbeConfig, StageJob
 from tests.pipelines import tiny
 from tests.pipelines.probed import Home, make_home, points, trained
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("without_ray")
 ON_A_RECIPE = {"RECIPE", "--set", "--run-dir"}
 COMMANDS = {
     "run": ON_A_RECIPE | {"--dry-run"},
+    "submit": ON_A_RECIPE | {"--address", "--no-wait", "--no-code"},
     "teacher": {"RECIPE", "--set"},
     "features": {"RECIPE", "--set", "--out", "--task", "--seed", "--steps"},
     "precompute": ON_A_RECIPE,

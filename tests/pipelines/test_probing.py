@@ -22,12 +22,14 @@ from hd_core.times import GridConfig
 from hd_core.types import Condition
 from pipelines.artifacts import file_hash
 from pipelines.cast import build
+from pipelines.curve import Curve
 from pipelines.data import to_model
 from pipelines.features import load_extractor
 from pipelines.feed import Feed
+from pipelines.group import Group
 from pipelines.probing import Probe, save_looks
-from pipelines.stages import Curve, ProbeConfig, StageJob
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.stages import ProbeConfig, StageJob
+from pipelines.trainer import StageTrainer, Watch
 from tests.oracles import GaussianFlow
 from tests.pipelines.probed import Home, make_home, points, trained
 from tests.pipelines.tiny import trainer_of

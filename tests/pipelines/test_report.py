@@ -136,7 +136,7 @@ def test_json_has_exactly_the_documented_keys(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "report.json").read_text())
     tables = [set(re.findall(r"^\| `(\w+)` \|", part, re.M)) for part in DOCS.read_text().split("\n| key |")[1:]]
     assert [set(record), set(record["rows"][0]), set(record["phases"][0]), set(record["reference"])] == tables
-    assert record["schema_version"] == 2 == report.SCHEMA_VERSION
+    assert record["schema_version"] == 3 == report.SCHEMA_VERSION
     assert record["rows"][0]["fid"] == 251.25 and record["rows"][0]["second_fid"] == 100 / 251.25
 
 
@@ -157,6 +157,26 @@ def test_a_report_of_version_1_is_read_as_one_without_a_second_net(tmp_path: Pat
     assert read.rows[0].second_fid is None and read.rows[0].second_features == ""
 
 
+def test_a_report_of_version_2_is_read_as_one_without_costs(tmp_path: Path) -> None:
+    record = json.loads(report.to_json(make_report(schema_version=2)))
+    record["phases"] = [{key: phase[key] for key in ("name", "wall_seconds", "reused")} for phase in record["phases"]]
+    (tmp_path / "report.json").write_text(json.dumps(record))
+    assert rebuild(tmp_path) == make_report(schema_version=2)
+    assert "What it cost" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_says_what_each_phase_cost(tmp_path: Path) -> None:
+    cost = {"total_seconds": 61.5, "worker_seconds": 123.0, "idle_share": 0.25, "network_calls": 98304}
+    cost |= {"bytes_written": 13_600_000, "bytes_read": 0, "restarts": 2}
+    phases = [Phase(name="sketch", wall_seconds=41.2, reused=False, **cost)]
+    write_report(make_report(phases=phases), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    shown = re.search(r"What it cost.*?</table>", page, re.DOTALL)
+    assert shown
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", shown[0].partition("<tbody>")[2])
+    assert cells == ["sketch", "61.5", "123.0", "25%", "98,304", "13.6", "0.0", "2"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_numbers_are_refused_before_anything_is_written(tmp_path: Path, value: float) -> None:
     rows = make_rows()
@@ -171,7 +191,7 @@ def test_non_finite_numbers_are_refused_before_anything_is_written(tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema_version"], 3, r"schema_version is 3; this hdistill reads 1 and 2"),
+        (["schema_version"], 4, r"schema_version is 4; this hdistill reads 1, 2, 3"),
         (["schema_version"], None, r"schema_version is missing"),
         (["fingerprint"], None, r"fingerprint is missing"),
         (["rows"], {}, r"rows must be list"),

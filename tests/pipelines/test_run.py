@@ -16,12 +16,12 @@ from pipelines import run as running
 from pipelines import trainer as training
 from pipelines.artifacts import RunDir
 from pipelines.cast import build
+from pipelines.curve import Curve
 from pipelines.evaluate import Evaluator
 from pipelines.process import process_started
 from pipelines.report import read_report
 from pipelines.run import check_recipe, default_store
 from pipelines.shards import ShardSet
-from pipelines.stages import Curve
 from pipelines.tracking import NoopTracker
 from tests.pipelines.conftest import Finished
 from tests.pipelines.tiny import STAGES, UNTRACKED, hdistill, make_trajectories, open_run, tiny_recipe, tree
@@ -117,7 +117,7 @@ def test_finished_stages_keep_weights_and_curve_but_no_checkpoints(finished: Fin
     for name in STAGES:
         kept = {path.name for path in (finished.run_dir / "stages" / name).iterdir()} - {"ray"}
         judged = {"token_weights.npz"} if name == "refine" else set[str]()
-        assert kept == {"stage.json", "student.safetensors", "metrics.jsonl"} | judged
+        assert kept == {"costs", "stage.json", "student.safetensors", "metrics.jsonl"} | judged
     assert losses(finished.run_dir)["sketch"][-1]["step"] == 5
     assert not [path for path in finished.run_dir.rglob("*") if path.suffix in (".pkl", ".pt", ".bin")]
 
@@ -393,7 +393,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device", "student.safetensors")
 
-        patch.setattr(training, "save_weights", full)
+        patch.setattr(training, "write_tensors", full)
         result = hdistill("run", *copied.arguments, *UNTRACKED)
     assert result.exit_code == 1
     assert "No space left on device (student.safetensors)" in result.stderr and len(result.stderr.splitlines()) == 1

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pipelines import recipe as recipes
 from pipelines.artifacts import file_hash
+from pipelines.curve import Curve
+from pipelines.group import Group
 from pipelines.recipe import Recipe
 from pipelines.stability import Collapsed, StopConfig, StopRule
-from pipelines.stages import Curve, StageJob
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.stages import StageJob
+from pipelines.trainer import StageTrainer, Watch
 from tests.pipelines import tiny
 
 Point = dict[str, float]

@@ -17,9 +17,10 @@ import torch
 from pipelines.artifacts import file_hash
 from pipelines.batches import BatchPlan, resident, streamed
 from pipelines.cast import build
+from pipelines.curve import Curve
 from pipelines.run import Run
 from pipelines.shards import Rows
-from pipelines.stages import Curve, StageJob, TrainConfig
+from pipelines.stages import StageJob, TrainConfig
 from pipelines.train import _fit, train_stage
 from pipelines.trainer import Watch
 from tests.pipelines import tiny
@@ -146,12 +147,14 @@ def test_a_streamed_stage_is_a_resident_one(ray_cluster: None, home: Home, alone
 
 
 @pytest.mark.ray
-def test_one_and_two_workers_give_the_curve_of_none(
+def test_any_number_of_workers_gives_the_curve_of_none(
     ray_cluster: None, home: Home, alone: StageJob, pair: StageJob
 ) -> None:
     one = trained(home.job("sketch", "one", num_workers=1))
-    assert_same_curve(one, alone)
-    assert_same_curve(pair, alone)
+    four = trained(home.job("sketch", "four", num_workers=4, cpus_per_worker=0.5))
+    as_many_as_fit = trained(home.job("sketch", "elastic", num_workers=(1, 2)))
+    for job in (one, pair, four, as_many_as_fit):
+        assert_same_curve(job, alone)
 
 
 @pytest.mark.ray
@@ -274,19 +277,19 @@ def test_ctrl_c_stays_ctrl_c() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_any_worker_starts(home: Home, without_ray: None) -> None:
-    with pytest.raises(ValueError, match=r"^stage sketch: batch_size 32 does not divide among 3 workers$"):
-        train_stage(home.job("sketch", "thirds", num_workers=3))
+def test_a_batch_of_fewer_rows_than_workers_is_refused_before_any_starts(home: Home, without_ray: None) -> None:
+    with pytest.raises(ValueError, match=r"^stage sketch: a batch_size of 32 leaves some of 33 workers without a row$"):
+        train_stage(home.job("sketch", "thin", num_workers=33))
 
 
-def test_a_batch_that_does_not_divide_is_one_line_at_the_command(home: Home, without_ray: None) -> None:
+def test_a_batch_of_fewer_rows_than_workers_is_one_line_at_the_command(home: Home, without_ray: None) -> None:
     small, run_dir = home.folder / "small.yaml", home.run.dir.path
     result = tiny.hdistill(
-        "train", small, "--run-dir", run_dir, "--set", "train.num_workers=3", *tiny.UNTRACKED, "--stage", "sketch"
+        "train", small, "--run-dir", run_dir, "--set", "train.num_workers=[1, 33]", *tiny.UNTRACKED, "--stage", "sketch"
     )
     assert result.exit_code == 2
     assert [line for line in result.stderr.splitlines() if line] == [
-        "error: recipe: stages.sketch.batch_size: 32 does not divide among 3 workers"
+        "error: recipe: stages.sketch.batch_size: 32 rows are fewer than 33 workers",
     ]
 
 

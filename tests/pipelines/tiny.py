@@ -10,12 +10,13 @@ from rich.console import Console
 from pipelines import recipe as recipes
 from pipelines.artifacts import RunDir
 from pipelines.cli import main
+from pipelines.group import Group
 from pipelines.precompute import solve, trajectory_labels
 from pipelines.recipe import Recipe
 from pipelines.run import Run
 from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob
-from pipelines.trainer import Group, StageTrainer, Watch
+from pipelines.trainer import StageTrainer, Watch
 
 RECIPE = """\
 # Digits in seconds, for tests.
