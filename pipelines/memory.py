@@ -20,6 +20,7 @@ from hd_core.objectives.meanflow import MeanFlow
 from pipelines.architectures import Architecture
 from pipelines.latents import DECODE_ROWS
 from pipelines.live_bytes import Activations, decoding_bytes, inference_bytes, training_bytes
+from pipelines.production import Actors
 from pipelines.recipe import Recipe
 from pipelines.stages import TuningConfig
 
@@ -66,9 +67,13 @@ def _precompute(recipe: Recipe, built: Architecture) -> Estimate:
     call = inference_bytes(built, rows * branches(recipe.teacher.guidance_scale))
     # The states are gathered in a list and then copied into one tensor.
     one = Estimate(weights=_frozen(built), activations=max(call + states, 2 * states))
-    share = config.gpus_per_actor
-    actors = min(max(1, config.actors.most), int(1 / share)) if 0 < share < 1 else 1
-    return Estimate(weights=actors * one.weights, activations=actors * one.activations)
+    return _side_by_side(one, config.actors)
+
+
+def _side_by_side(one: Estimate, actors: Actors) -> Estimate:
+    """Of all actors that share one GPU."""
+    count = min(max(1, actors.most), int(1 / actors.gpus)) if 0 < actors.gpus < 1 else 1
+    return Estimate(weights=count * one.weights, activations=count * one.activations)
 
 
 def _evaluate(recipe: Recipe, built: Architecture) -> Estimate:
@@ -78,7 +83,8 @@ def _evaluate(recipe: Recipe, built: Architecture) -> Estimate:
     call = inference_bytes(built, rows * max(map(branches, scales)))
     student = max((student_parameters(recipe, name, built) for name in recipe.stages), default=0)
     decoding = decoding_bytes(built, min(rows, DECODE_ROWS))
-    return Estimate(weights=_frozen(built) + _FLOAT32 * student, activations=max(call, decoding))
+    one = Estimate(weights=_frozen(built) + _FLOAT32 * student, activations=max(call, decoding))
+    return _side_by_side(one, config.actors)
 
 
 def _frozen(built: Architecture) -> int:

@@ -17,15 +17,16 @@ from tests.pipelines.conftest import Finished
 ROOT = Path(__file__).parents[2]
 
 KILLS = {
-    "precompute": ("after", "tiny/trajectories/manifest.json", 1),
+    "precompute": ("before", "tiny/trajectories/manifest.json", 1),
     "sketch": ("before", "tiny/stages/sketch/checkpoints/step-00000004.json", 1),
     "refine": ("before", "tiny/stages/refine/student.safetensors", 1),
     "sfd_2": ("before", "tiny/stages/sfd_2/stage.json", 1),
-    "evaluate": ("after", "tiny/evaluate/*.json", 3),
+    "evaluate": ("after", "tiny/evaluate/*-[0-9].json", 3),
     "report": ("before", "tiny/report.json", 1),
 }
-"""When the run is killed: half of the shards listed; the weights of a second checkpoint written and not yet what it
-says of itself; all steps made and no result; a result without its manifest; three generators measured; no report."""
+"""When the run is killed: one shard made at least and none listed yet; the weights of a second checkpoint written and
+not yet what it says of itself; all steps made and no result; a result without its manifest; three generators measured;
+no report."""
 
 
 def hdistill_run(folder: Path, *kill: object) -> subprocess.CompletedProcess[str]:
@@ -89,10 +90,13 @@ def _curve(stage: Path) -> list[dict[str, float]]:
 @pytest.mark.timeout(600)
 def test_what_was_finished_before_a_kill_is_said_to_be_reused(survivor: tuple[Path, dict[str, str]]) -> None:
     _, printed = survivor
-    assert "teacher trajectories: 32 of 64 are there; making the rest" in printed["sketch"]
+    # The shard that was made and not listed is found, and the other one too where its actor was as quick.
+    some = "teacher trajectories: 32 of 64 are there; making the rest" in printed["sketch"]
+    assert some or any(line.split()[:2] == ["precompute", "reused"] for line in printed["sketch"].splitlines())
     assert "damaged" not in "".join(printed.values())
     phases = list(KILLS)
     for number, phase in enumerate(phases[1:], start=1):
         reused = [line.split()[0] for line in printed[phases[number]].splitlines() if line.endswith("reused")]
         expected = [name for name in ("precompute", *tiny.STAGES) if name in phases[: max(0, number - 1)]]
-        assert [name for name in reused if name != "sfd_4"] == expected, phase
+        made_anyway = {"sfd_4", *(["precompute"] if number == 1 else [])}  # see above
+        assert [name for name in reused if name not in made_anyway] == expected, phase
