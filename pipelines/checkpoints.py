@@ -65,6 +65,11 @@ class Snapshot:
     counters: dict[str, Any]
     """Step and moves."""
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 def snapshot(state: TrainState) -> Snapshot:
     """The state as it is now; of a split state every worker must ask at the same moment."""
@@ -93,6 +98,8 @@ class Saver:
         self._folder, self._inputs, self._keep = folder, inputs, keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self.bytes_written = 0
+        """Of checkpoints, so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +111,7 @@ class Saver:
     def save(self, taken: Snapshot) -> None:
         """Begin to write a snapshot; raises what the one before could not do."""
         self.wait()
+        self.bytes_written += taken.bytes
         self._writing = self._thread.submit(save_checkpoint, self._folder, taken, self._inputs, self._keep)
 
     def wait(self) -> None:

@@ -81,8 +81,8 @@ class StageTrainer:
         probes = group.leads and job.stage.probe.every > 0
         self.probe = Probe(job, self.teacher, self.cast) if probes and not job.scored_beside else None
         self.best = BestWeights(job) if probes else None
-        self.waited = 0.0
-        """Seconds that this worker has waited for batches."""
+        self.waited, self.bytes_left = 0.0, 0
+        """Seconds that this worker has waited for batches, and bytes of the weights that it left at the end."""
 
     def restore(self) -> None:
         """Go to the last whole checkpoint, if there is one.
@@ -121,6 +121,7 @@ class StageTrainer:
             waiting_seconds=self.waited,
             network_calls=float(rows * calls_per_row(self.job.stage, self.job.guidance_scale)),
             bytes_read=float(self.feed.bytes_read),
+            bytes_written=float(self.saver.bytes_written + self.bytes_left),
         )
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -247,6 +248,7 @@ class StageTrainer:
         self.report.wait()
         if curve is None:
             return
+        self.bytes_left = sum(weights.nbytes for weights in last.values())
         if self.job.scored_beside:
             self._take_scores(curve)
         curve.flush()
