@@ -60,7 +60,9 @@ class ScalarEmbedding(nn.Module):
 
     def __init__(self, width: int, *, num_frequencies: int = 32, max_frequency: float = 128.0) -> None:
         super().__init__()
-        powers = torch.linspace(0.0, math.log(max_frequency), num_frequencies)
+        # Named, since transformers replaces `linspace` while it loads, which torch's own device contexts then miss.
+        device = torch.get_default_device()
+        powers = torch.linspace(0.0, math.log(max_frequency), num_frequencies, device=device)
         self.register_buffer("frequencies", powers.exp(), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 

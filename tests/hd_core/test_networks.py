@@ -208,3 +208,11 @@ class TestFeatureTaps:
     def test_mistakes_are_named(self, dit: DiT, layers: list[int]):
         with pytest.raises(ValueError, match=r"among 0\.\.2"):
             FeatureTaps(dit, list(dit.blocks), layers)
+
+
+def test_an_embedding_lies_where_a_device_context_says_though_linspace_is_replaced(monkeypatch: pytest.MonkeyPatch):
+    """As transformers replaces it while it loads a text encoder, by one that does not see the context."""
+    plain = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **options: plain(*args, **{"device": "cpu", **options}))
+    with torch.device("meta"):
+        assert ScalarEmbedding(8).frequencies.device.type == "meta"
