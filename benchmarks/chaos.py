@@ -5,8 +5,9 @@
 A real Ray cluster of a head and two nodes on this machine runs a tiny but whole recipe: trajectories by a pool of
 actors, two stages by two training workers each, evaluation by actors, report. It runs once undisturbed. Then, round
 after round in a new run directory, one to three victims die by SIGKILL at random moments of random phases: a worker
-process, a node (its raylet, and with it all that ran there), or the driver of the run. A node is replaced, a driver
-started again, until the run ends. Then all of it is compared with the undisturbed run, bit by bit.
+process, a node (its raylet, and with it all that ran there), a node that is announced to go some seconds before, as
+clouds do, or the driver of the run. A node is replaced, a driver started again, until the run ends. Then all of it is
+compared with the undisturbed run, bit by bit.
 
 Everything is drawn from the seed but the moment at which a process really dies, so a round is not repeated exactly.
 Ctrl-C ends after what was found so far. With --storage s3 the run directories lie in a bucket of moto's server.
@@ -18,13 +19,10 @@ import logging
 import os
 import random
 import secrets
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks._nodes import NOTICE_SECONDS, PHASES, STAGES, Driver, Nodes
 from pipelines.artifacts import file_hash, read_json
 from pipelines.cluster import ENVIRONMENT
 from pipelines.process import WORKER_ENVIRONMENT
@@ -43,7 +40,7 @@ from pipelines.storage import located
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """\
-# A whole run in a minute, for benchmarks/chaos.py.
+# A whole run in two minutes, for benchmarks/chaos.py.
 seed: 5
 data: {held_out: 1597}
 track: {enabled: false}
@@ -52,25 +49,22 @@ train: {num_workers: 2, max_failures: 20}
 stages:
   sketch:
     objective: {name: mean_velocity}
-    num_steps: 60
+    num_steps: 200
     batch_size: 16
-    log_every: 10
-    checkpoint_every: 10
+    log_every: 7
+    checkpoint_every: 20
     optimizers: {student: {learning_rate: 1e-3}}
   refine:
     start: sketch
     label: hd
     objective: {name: dmd, update_ratio: 2}
-    num_steps: 40
+    num_steps: 120
     batch_size: 16
-    checkpoint_every: 10
+    log_every: 7
+    checkpoint_every: 20
 evaluate: {num_samples: 400, batch_size: 50, pictures: 16, solvers: {euler: [4]}, num_actors: 2}
 """
-STAGES = ("sketch", "refine")
-PHASES = ("precompute", *STAGES, "evaluate")
-KINDS = ("worker", "node", "driver")
-ACTORS = {"precompute": "ShardActor", "evaluate": "ShardActor"} | dict.fromkeys(STAGES, "RayTrainWorker")
-"""What the processes that work on a phase are called."""
+KINDS = ("worker", "node", "driver", "notice")
 SECONDS_TO_END = 1800
 LIVES_MAX = 12
 """Starts of a driver in one run, more than which mean that it does not end."""
@@ -96,109 +90,13 @@ class Outcome:
     """The kills that happened, each with the phase that it hit."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase, as the last driver said them."""
+    saved: int = 0
+    """Checkpoints that workers wrote because a node of theirs was announced to go."""
 
 
 def say(text: str) -> None:
     """What is happening, at once."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-class Nodes:
-    """A head, which takes no work but the drivers', and two nodes that may die."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._folder = tempfile.mkdtemp(prefix="chaos-")  # paths of sockets must be short
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": self._folder})
-        for _ in range(2):
-            self.add()
-
-    @property
-    def address(self) -> str:
-        """What a driver connects to."""
-        return self._cluster.address
-
-    def add(self) -> None:
-        """Bring a node up; only the main thread can."""
-        self._cluster.add_node(num_cpus=3)
-
-    def kill_worker(self, phase: str, chance: random.Random) -> bool:
-        """Kill a process that works on a phase; whether there is one."""
-        found = [process for node in self._cluster.list_all_nodes() for process in workers_of(node, ACTORS[phase])]
-        if found:
-            chance.choice(found).kill()
-        return bool(found)
-
-    def kill_node(self, phase: str, chance: random.Random) -> bool:
-        """Kill a node on which a phase is worked on, and bring another; whether there is one."""
-        found = [node for node in self._cluster.worker_nodes if list(workers_of(node, ACTORS[phase]))]
-        if found:
-            victim = chance.choice(sorted(found, key=lambda node: node.unique_id))
-            self._cluster.remove_node(victim, allow_graceful=False)
-            self.add()
-        return bool(found)
-
-    def stop(self) -> None:
-        """Take everything down."""
-        self._cluster.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def workers_of(node: Any, called: str) -> Iterator[psutil.Process]:
-    """Processes of a node that run actors of some class."""
-    (raylet,) = node.all_processes["raylet"]
-    try:
-        for process in psutil.Process(raylet.process.pid).children(recursive=True):
-            if called in " ".join(process.cmdline()):
-                yield process
-    except psutil.NoSuchProcess:
-        return
-
-
-class Driver:
-    """One life of a run: `hdistill run` in a process of its own, and how far it says that it is."""
-
-    def __init__(self, recipe: Path, run_dir: str, address: str) -> None:
-        command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--run-dir", run_dir]
-        self._process = subprocess.Popen(
-            command,
-            env={**os.environ, "RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.finished: dict[str, float] = {}
-        self.lines: list[str] = []
-        self.since = time.monotonic()
-        """When its phase began."""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self.lines.append(line)
-            name, *rest = line.split() or [""]
-            if name in PHASES and rest and (rest[0] == "reused" or rest[-1] == "s"):
-                self.finished[name] = 0.0 if rest[0] == "reused" else float(rest[0].replace(",", ""))
-            self.since = time.monotonic()
-
-    @property
-    def phase(self) -> str:
-        """The first phase that it has not said to be over; empty after the last."""
-        return next((name for name in PHASES if name not in self.finished), "")
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code; ``None`` while it lives."""
-        return self._process.poll()
-
-    def kill(self) -> None:
-        """End it where it is."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-        self._reader.join()
 
 
 def perform(
@@ -218,7 +116,7 @@ def perform(
                 _restartable(driver, outcome, started)
                 driver = Driver(recipe, run_dir, nodes.address)
                 outcome.lives += 1
-            if left and _due(left[0], driver, usual) and _strike(left[0].kind, driver, nodes, chance):
+            if left and _due(left[0], driver, usual) and _strike(left[0].kind, driver, nodes, chance, outcome):
                 outcome.done.append(Kill(kind=left[0].kind, phase=driver.phase, moment=left[0].moment))
                 say(f"  killed a {left[0].kind} in {driver.phase}")
                 left.pop(0)
@@ -243,21 +141,38 @@ def _due(kill: Kill, driver: Driver, usual: Mapping[str, float]) -> bool:
     """Whether its moment has come: in its phase, or as soon as that is over."""
     if not driver.phase or PHASES.index(driver.phase) < PHASES.index(kill.phase):
         return False
+    if kill.kind == "notice" and not driver.trains:  # while a group starts there is nothing to save
+        return False
     late = PHASES.index(driver.phase) > PHASES.index(kill.phase)
     return late or time.monotonic() - driver.since >= kill.moment * usual[kill.phase]
 
 
-def _strike(kind: str, driver: Driver, nodes: Nodes, chance: random.Random) -> bool:
+def _strike(kind: str, driver: Driver, nodes: Nodes, chance: random.Random, outcome: Outcome) -> bool:
     """Kill a victim, if there is one at this moment."""
     if kind == "driver":
         driver.kill()
         return True
-    strike = nodes.kill_worker if kind == "worker" else nodes.kill_node
-    return strike(driver.phase, chance)
+    if kind == "worker":
+        return nodes.kill_worker(driver.phase, chance)
+    victim = nodes.victim(driver.phase, chance)
+    if victim and kind == "notice":
+        outcome.saved += _announced(victim, driver, nodes)
+    if victim:
+        nodes.replace(victim)
+    return bool(victim)
+
+
+def _announced(victim: Any, driver: Driver, nodes: Nodes) -> bool:
+    """Announce that a node goes, and give its workers time; whether they saved what they had."""
+    before, until = driver.has_saved, time.monotonic() + NOTICE_SECONDS
+    nodes.announce(victim)
+    while time.monotonic() < until and not (driver.has_saved and not before):
+        time.sleep(0.05)
+    return driver.has_saved and not before
 
 
 def plan(round_: int, phases: Sequence[str], chance: random.Random) -> list[Kill]:
-    """One to three kills in the order of the run; each kind is sure to come in one of three rounds."""
+    """One to three kills in the order of the run; each kind is sure to come in one of four rounds."""
     kinds = [KINDS[round_ % len(KINDS)], *chance.choices(KINDS, k=chance.randint(0, 2))]
     kills = [Kill(kind=kind, phase=chance.choice(phases), moment=chance.random()) for kind in kinds]
     return sorted(kills, key=lambda kill: (phases.index(kill.phase), kill.moment))
@@ -265,8 +180,9 @@ def plan(round_: int, phases: Sequence[str], chance: random.Random) -> list[Kill
 
 QUICK = (
     Kill(kind="worker", phase="precompute", moment=0.5),
+    Kill(kind="node", phase="sketch", moment=0.3),
     Kill(kind="driver", phase="sketch", moment=0.6),
-    Kill(kind="node", phase="refine", moment=0.5),
+    Kill(kind="notice", phase="refine", moment=0.3),
 )
 
 
@@ -322,6 +238,7 @@ def prepare_environment() -> None:
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "OMP_NUM_THREADS": "1",
@@ -370,7 +287,8 @@ def rounds(count: int, seed: int, quick: bool, place: str, recipe: Path, nodes: 
         hit = [f"{kill.kind} in {kill.phase}" for kill in outcome.done]
         lost = (outcome.seconds - usual.seconds) / max(1, len(hit))
         say(f"  {outcome.seconds:.0f} s in {outcome.lives} lives, {lost:.0f} s lost a kill, {found}")
-        yield {**found, "kills": hit, "seconds_lost_per_kill": lost, "lives": outcome.lives}
+        told = {"lives": outcome.lives, "saved_on_notice": outcome.saved}
+        yield {**found, "kills": hit, "seconds_lost_per_kill": lost, **told}
 
 
 def summary(found: Sequence[Mapping[str, Any]], seed: int, kind: str) -> dict[str, Any]:
@@ -384,6 +302,7 @@ def summary(found: Sequence[Mapping[str, Any]], seed: int, kind: str) -> dict[st
         "seconds_lost_per_kill": round(statistics.mean(lost), 1) if lost else 0.0,
         "kills": dict(sorted(killed.items())),
         "lives": sum(round_["lives"] for round_ in found),
+        "saved_on_notice": sum(round_["saved_on_notice"] for round_ in found),
         "seed": seed,
         "storage": kind,
     }

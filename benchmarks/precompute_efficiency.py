@@ -44,7 +44,7 @@ from pipelines.diffusers_library import diffusers
 from pipelines.encoding import latent_parts
 from pipelines.lazy import LazyPixels
 from pipelines.precompute import TrajectoryMaker, trajectory_spec
-from pipelines.process import prepare_process
+from pipelines.process import available_cpus, prepare_process
 from pipelines.production import Actors, InParts, Made, produce
 from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table
 from pipelines.sources import FolderSource
@@ -106,7 +106,7 @@ def draw_pictures(folder: Path, count: int) -> None:
     blocks: dict[str, Any] = {
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "block_out_channels": (16, 32, 32),
+        "block_out_channels": (32, 64, 64),
     }
     torch.manual_seed(0)
     diffusers().AutoencoderKL(norm_num_groups=8, **blocks).save_pretrained(folder / "vae")
@@ -272,7 +272,7 @@ def main() -> None:
     """Both kinds, then the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--cores", type=int, default=available_cpus(), help="default: all that there are")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kind", choices=KINDS, help="only these shards")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)

@@ -121,7 +121,7 @@ class BestWeights:
     def __init__(self, job: StageJob) -> None:
         folder = located(job.folder)
         self.weights, self.about = folder / "student-best.safetensors", folder / "best.json"
-        self.inputs = {**job.inputs, "start_sha256": job.start_hash()}
+        self.inputs = job.identity()
         stored = self._stored()
         self.step: int | None = stored["step"] if stored else None
         self.fid: float = stored["fid"] if stored else float("inf")

@@ -6,32 +6,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
 from hd_core.guidance import branches
-from hd_core.objectives.turns import first_step_is_analytical
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
+from pipelines.assembly import Assembly
 from pipelines.cluster import is_running, stop_ray
 from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
-from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
-from pipelines.feature_shards import load_feature_maker
-from pipelines.features import BUILT_IN, Extractor, load_extractor
-from pipelines.inputs import Inputs
 from pipelines.journal import Status
-from pipelines.perceptual import LPIPS, load_perceptual
 from pipelines.process import environment
 from pipelines.production import Made, produce, start_for
 from pipelines.progress import bar
-from pipelines.recipe import TEACHER, Recipe, determining
+from pipelines.recipe import Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, write_shard
-from pipelines.stages import StageJob, measured_steps, sampling_grid, stage_inputs
+from pipelines.stages import StageJob
 from pipelines.storage import local_stand_in
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
@@ -41,7 +35,7 @@ from pipelines.watching import RemoteWatch, follow, log_point
 T = TypeVar("T")
 
 
-class Run(Inputs):
+class Run(Assembly):
     """One recipe in one run directory."""
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console) -> None:
@@ -50,140 +44,6 @@ class Run(Inputs):
         self.phases: list[Phase] = []
         self.bill = Bill(run_dir.path / "costs")
         self.tracker: Tracker = NoopTracker()
-
-    @cached_property
-    def extractor(self) -> Extractor:
-        return self._extractor(self.recipe.evaluate.features)
-
-    @cached_property
-    def second_extractor(self) -> Extractor | None:
-        name = self.recipe.evaluate.second_features
-        return self._extractor(name) if name else None
-
-    @cached_property
-    def _perceptual_nets(self) -> dict[str, str]:
-        """Fingerprint of each net of a perceptual distance, by its name: loading one takes seconds, so once a run."""
-        names = {stage.perceptual for stage in self.recipe.stages.values() if stage.perceptual}
-        return {name: load_perceptual(name).fingerprint for name in sorted(names)}
-
-    def _extractor(self, name: str) -> Extractor:
-        extractor = load_extractor(name)
-        extractor.check(self.splits.train.shape)
-        return extractor
-
-    # Stages
-
-    def job(self, name: str) -> StageJob:
-        """What a worker needs to train a stage."""
-        recipe, stage = self.recipe, self.recipe.stages[name]
-        needs = stage.objective.needs
-        upstream = {"start": self._start_identity(name)}
-        if "trajectories" in needs:
-            upstream["trajectories"] = self.trajectories.spec.fingerprint
-        if stage.needs_images:
-            upstream["images"] = self.images.spec.fingerprint
-        latents = self.latents if "images" in needs else None
-        if latents:
-            upstream["latents"] = latents.spec.fingerprint
-        if self.prompts:
-            upstream["prompts"] = self.prompts.spec.fingerprint
-        if stage.probe.every:
-            upstream["probe_features"] = self.extractor.fingerprint
-        if stage.perceptual:
-            upstream["perceptual"] = self._perceptual_nets[stage.perceptual]
-        upstream |= {"teacher": self.teacher.fingerprint, "guidance_scale": f"{stage.guided(recipe.teacher):g}"}
-        return StageJob(
-            name=name,
-            stage=stage,
-            train=recipe.train,
-            teacher=recipe.teacher,
-            seed=recipe.seed,
-            folder=str(self.dir.stage(name).resolve()),
-            start_weights="" if stage.start == TEACHER else str(self._weights(stage.start)),
-            trajectories=self.trajectories if "trajectories" in needs else None,
-            images=self.images if stage.needs_images else None,
-            inputs=stage_inputs(stage, recipe.train, upstream, recipe.seed, name),
-            features=_portable(recipe.evaluate.features) if stage.probe.every else "",
-            perceptual=_portable(stage.perceptual),
-            start_knows_steps=stage.start != TEACHER and recipe.knows_steps(stage.start),
-            latents=latents,
-            prompts=self.prompts,
-        )
-
-    def _start_identity(self, name: str) -> str:
-        """What a stage starts from, as an identity that is known before that exists."""
-        start = self.recipe.stages[name].start
-        return "teacher" if start == TEACHER else fingerprint(self.job(start).inputs)
-
-    def _weights(self, name: str) -> Path:
-        return (self.dir.stage(name) / "student.safetensors").resolve()
-
-    # Generators
-
-    def generators(self) -> list[Generator]:
-        """All that the report has a row for, in order."""
-        recipe = self.recipe
-        from_teacher = teacher_generators(recipe.evaluate, self.teacher, recipe.teacher.guidance_scale)
-        return [*from_teacher, *(student for name in recipe.stages for student in self.students(name))]
-
-    def require_trained(self, name: str) -> None:
-        """Raises ValueError where a stage is not trained yet."""
-        if self.job(name).finished() is None:
-            raise ValueError(f"stage {name} is not trained in {self.dir.path}: run `hdistill train` first")
-
-    def students(self, name: str) -> Iterator[Generator]:
-        """A trained stage at every number of steps and guidance that is measured."""
-        stage, asked = self.recipe.stages[name], self.recipe.evaluate
-        for guidance_scale, steps in product(asked.guidance_scales, measured_steps(stage, asked.step_counts)):
-            yield self.student(name, steps, guidance_scale)
-
-    def student(self, name: str, steps: int | None = None, guidance_scale: float = 1.0) -> Generator:
-        """A trained stage as a generator, of its own number of steps where none is asked for.
-
-        Raises:
-            ValueError: its student is not told how many steps there are, or cannot walk so many.
-        """
-        stage = self.recipe.stages[name]
-        grid = tuple(sampling_grid(name, stage, steps).tolist())
-        afs = first_step_is_analytical(stage.objective)
-        manifests = [read_json(self.dir.stage(link) / "stage.json") for link in self.recipe.chain(name)]
-        return Generator(
-            label=stage.label or name,
-            stage=name,
-            solver=FLOW_MAP,
-            grid=grid,
-            calls_per_image=(len(grid) - 1 - afs) * branches(guidance_scale),
-            train_seconds=sum(manifest["train_seconds"] for manifest in manifests if manifest),
-            identity=manifests[-1]["sha256"] if manifests[-1] else "",
-            weights=str(self._weights(name)),
-            afs=afs,
-            knows_steps=self.recipe.knows_steps(name),
-            guidance_scale=guidance_scale,
-        )
-
-    @cached_property
-    def reference(self) -> Reference:
-        return Reference.of(self.splits, self.extractor)
-
-    @cached_property
-    def second_reference(self) -> Reference | None:
-        return Reference.of(self.splits, self.second_extractor) if self.second_extractor else None
-
-    def evaluator(self) -> Evaluator:
-        """Measures this run's generators."""
-        asked = self.recipe.evaluate
-        nets = [_portable(net) for net in (asked.features, asked.second_features) if net]
-        return Evaluator(
-            self.recipe.evaluate,
-            self.reader,
-            self.reference,
-            self.second_reference,
-            self.splits.fingerprint,
-            self.recipe.seed,
-            self.dir.evaluation,
-            self.evaluation_labels,
-            partial(load_feature_maker, teacher=self.recipe.teacher, prompts=self.prompts, nets=nets),
-        )
 
     # Phases
 
@@ -473,11 +333,6 @@ class _Counter:
     def add(self, count: int) -> None:
         self._done += count
         self._show(self._done)
-
-
-def _portable(net: str) -> str:
-    """A feature net's name, or its folder as a worker in another directory finds it."""
-    return net if net in ("", LPIPS, *BUILT_IN) else str(Path(net).expanduser().resolve())
 
 
 def ending(error: BaseException) -> Status:

@@ -6,7 +6,7 @@ The figures are those of a probe that stops training for them, since the same co
 from pathlib import Path
 from typing import Any
 
-from pipelines.artifacts import file_hash, read_json, write_json
+from pipelines.artifacts import read_json, write_json
 from pipelines.cast import new_student
 from pipelines.checkpoints import load_weights, write_tensors
 from pipelines.probing import BestWeights, Probe
@@ -26,28 +26,20 @@ def leave(job: StageJob, step: int, weights: dict[str, Any]) -> None:
 
 def waiting(job: StageJob, until: int) -> list[int]:
     """Steps up to one whose averages have no score yet."""
-    steps = [int(file.stem.removeprefix("step-")) for file in sorted(job.scores.glob("step-*.safetensors"))]
-    return [step for step in steps if step <= until and _score(job, step) is None]
+    left = {int(file.stem.removeprefix("step-")) for file in job.scores.glob("step-*.safetensors")}
+    return sorted(step for step in left - scores(job).keys() if step <= until)
 
 
 def scores(job: StageJob) -> dict[int, Logged]:
     """What is known of the averages so far, by step."""
+    identity = job.identity()
     found = (read_json(file) for file in sorted(job.scores.glob("step-*.json")))
-    return {about["step"]: about["values"] for about in found if about["inputs"] == _identity(job)}
-
-
-def _score(job: StageJob, step: int) -> Logged | None:
-    about = read_json(_file(job, step).with_suffix(".json"))
-    return about["values"] if about and about["inputs"] == _identity(job) else None
-
-
-def _identity(job: StageJob) -> dict[str, Any]:
-    return {**job.inputs, "start_sha256": job.start_hash()}
+    return {about["step"]: about["values"] for about in found if about and about["inputs"] == identity}
 
 
 def score(job: StageJob, step: int) -> Logged:
     """Sample the average of a step, keep it if it is the best so far, and drop its file; done once for each step."""
-    known = _score(job, step)
+    known = scores(job).get(step)
     values = _measured(job, step) if known is None else known
     _file(job, step).unlink(missing_ok=True)
     return values
@@ -61,8 +53,7 @@ def _measured(job: StageJob, step: int) -> Logged:
     load_weights(file, student)
     values = Probe(job, teacher).values(student.to(device).eval().requires_grad_(False))
     BestWeights(job).offer(step, values["probe/fid"], student)
-    about = {"step": step, "values": values, "sha256": file_hash(file), "inputs": _identity(job)}
-    write_json(file.with_suffix(".json"), about)
+    write_json(file.with_suffix(".json"), {"step": step, "values": values, "inputs": job.identity()})
     return values
 
 

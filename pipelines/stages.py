@@ -350,6 +350,10 @@ class StageJob:
         whole = self.weights.is_file() and file_hash(self.weights) == manifest["sha256"]
         return manifest if whole and manifest["start_sha256"] == self.start_hash() else None
 
+    def identity(self) -> dict[str, Any]:
+        """The inputs, and the weights that the student really starts from: reads them to hash them."""
+        return {**self.inputs, "start_sha256": self.start_hash()}
+
     def start_hash(self) -> str:
         """Hash of the weights that the student starts from; empty where they are the teacher's, or are not there."""
         path = located(self.start_weights)

@@ -125,6 +125,12 @@ class RayReport:
 
         get_all_reported_checkpoints()
 
+    def leaving(self) -> tuple[str, ...]:
+        from ray.train import get_preemption_info
+
+        told = get_preemption_info()
+        return tuple(told.preempted_node_ids) if told else ()
+
 
 def _fit(trainer: Any) -> Exception | None:
     """Run the workers; returns a mistake of the user's that they found together.
@@ -179,7 +185,7 @@ def _train_loop(config: dict[str, Any]) -> Exception | None:
     group = Group.current()
     prepare_process(job.train.cpus_per_worker if job.train.num_workers else None)
     watch = config["watch"]() if group.rank == 0 else Watch()
-    report = RayReport(group) if job.scored_beside else None
+    report = RayReport(group) if job.train.num_workers else None
     try:
         trainer, mistake = StageTrainer(job, group, watch, report), None
         trainer.restore()

@@ -53,10 +53,16 @@ class Report(Protocol):
         """Return when all that was to be scored is."""
         ...
 
+    def leaving(self) -> tuple[str, ...]:
+        """Machines of the group that are about to be taken away, as all workers agree."""
+        ...
+
 
 class _NoReport:
     def __call__(self, step: int, values: Logged, *, score: bool) -> None: ...
     def wait(self) -> None: ...
+    def leaving(self) -> tuple[str, ...]:
+        return ()
 
 
 def _device(train: TrainConfig) -> str:
@@ -81,6 +87,7 @@ class StageTrainer:
         probes = group.leads and job.stage.probe.every > 0
         self.probe = Probe(job, self.teacher, self.cast) if probes and not job.scored_beside else None
         self.best = BestWeights(job) if probes else None
+        self.leaving: tuple[str, ...] = ()
         self.waited, self.bytes_left = 0.0, 0
         """Seconds that this worker has waited for batches, and bytes of the weights that it left at the end."""
 
@@ -153,27 +160,29 @@ class StageTrainer:
         probed = stage.probe.every > 0 and (done % stage.probe.every == 0 or last)
         if done % stage.log_every == 0 or checkpoint or last or probed or done == 1:
             self._log(done, curve, seconds, probed=probed)
+            checkpoint |= self._is_warned() and not last
         if checkpoint or (last and self.job.scored_beside):  # what waits for scores can be killed, too
             self._save(curve)
         self.watch.progress(done)
+
+    def _is_warned(self) -> bool:
+        """Whether the cloud has said since the last call that it takes a machine of the group back."""
+        before, self.leaving = self.leaving, self.report.leaving()
+        return bool(set(self.leaving) - set(before))
 
     def _save(self, curve: "Curve | None") -> None:
         """Begin to write a checkpoint; the curve up to it is written first."""
         self._bill()
         if curve:
             curve.flush()
-        if self.group.leads or self._is_split:
+        if self.group.leads or self.cast.lockstep:
             taken = snapshot(self.state)
             if self.group.leads:
                 self.saver.save(taken)
 
-    @property
-    def _is_split(self) -> bool:
-        return self.job.train.strategy == "fsdp"
-
     def _leave(self, step: int, numbers: Logged) -> None:
         """Leave the average to be scored beside training."""
-        weights = weights_of(self.state.average) if self.group.leads or self._is_split else {}
+        weights = weights_of(self.state.average) if self.group.leads or self.cast.lockstep else {}
         if self.group.leads:
             leave(self.job, step, weights)
         self.report(step, numbers, score=True)
@@ -241,11 +250,12 @@ class StageTrainer:
         )
 
     def _finish(self, curve: "Curve | None", seconds: float) -> None:
-        shares = self.group.leads or self._is_split
+        shares = self.group.leads or self.cast.lockstep
         if shares:
             self._save_looks()
         last = weights_of(self.state.average) if shares else {}
-        self.report.wait()
+        if self.job.scored_beside:
+            self.report.wait()
         if curve is None:
             return
         self.bytes_left = sum(weights.nbytes for weights in last.values())

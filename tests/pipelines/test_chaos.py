@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_worker_a_node_and_the_driver_are_killed_and_nothing_of_it_shows():
+def test_a_worker_nodes_and_the_driver_are_killed_and_nothing_of_it_shows():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.chaos", "--quick"],
@@ -34,7 +34,8 @@ def test_a_worker_a_node_and_the_driver_are_killed_and_nothing_of_it_shows():
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["rounds"] == 1 and found["lives"] >= 2
-    assert sorted(kill.split()[0] for kill in found["kills"]) == ["driver", "node", "worker"]
+    assert sorted(kill.split()[0] for kill in found["kills"]) == ["driver", "node", "notice", "worker"]
+    assert found["saved_on_notice"] == 1
     assert {name: found[name] for name in ("lost", "doubled", "hash_mismatches", "row_mismatches")} == {
         "lost": 0,
         "doubled": 0,
@@ -76,12 +77,12 @@ def test_what_a_run_left_is_read_from_its_files(copied: Finished):
     assert differs == {"lost": 32, "doubled": 32, "hash_mismatches": 2, "row_mismatches": 0}
 
 
-def test_a_plan_follows_from_its_seed_and_each_kind_comes_in_three_rounds():
-    plans = [plan(number, chaos.PHASES, random.Random(f"0-{number}")) for number in range(6)]
-    assert plans == [plan(number, chaos.PHASES, random.Random(f"0-{number}")) for number in range(6)]
+def test_a_plan_follows_from_its_seed_and_each_kind_comes_in_four_rounds():
+    plans = [plan(number, chaos.PHASES, random.Random(f"0-{number}")) for number in range(8)]
+    assert plans == [plan(number, chaos.PHASES, random.Random(f"0-{number}")) for number in range(8)]
     assert all(1 <= len(kills) <= 3 for kills in plans)
-    for three in (plans[:3], plans[3:]):
-        assert {kill.kind for kills in three for kill in kills} == set(chaos.KINDS)
+    for four in (plans[:4], plans[4:]):
+        assert {kill.kind for kills in four for kill in kills} == set(chaos.KINDS)
     order = [[chaos.PHASES.index(kill.phase) for kill in kills] for kills in plans]
     assert order == [sorted(places) for places in order]
 
@@ -89,19 +90,20 @@ def test_a_plan_follows_from_its_seed_and_each_kind_comes_in_three_rounds():
 def test_the_summary_adds_rounds_up():
     rounds = [
         {"lost": 0, "doubled": 1, "hash_mismatches": 0, "row_mismatches": 0, "lives": 2, "seconds_lost_per_kill": 10.0}
-        | {"kills": [f"{kill.kind} in {kill.phase}" for kill in chaos.QUICK[:count]]}
+        | {"kills": [f"{kill.kind} in {kill.phase}" for kill in chaos.QUICK[:count]], "saved_on_notice": count - 1}
         for count in (1, 3)
     ]
     figures = summary(rounds, 0, "local")
     assert (figures["rounds"], figures["doubled"], figures["lives"]) == (2, 2, 4)
-    assert figures["kills"] == {"driver in sketch": 1, "node in refine": 1, "worker in precompute": 2}
+    assert figures["kills"] == {"driver in sketch": 1, "node in sketch": 1, "worker in precompute": 2}
+    assert figures["saved_on_notice"] == 2
     assert figures["seconds_lost_per_kill"] == 10.0
 
 
 def test_a_kill_waits_for_its_moment_and_hits_the_next_phase_where_it_comes_too_late():
     class Told:
-        def __init__(self, phase: str, since: float) -> None:
-            self.phase, self.since = phase, since
+        def __init__(self, phase: str, since: float, *, trains: bool = True) -> None:
+            self.phase, self.since, self.trains = phase, since, trains
 
     kill, usual = Kill(kind="driver", phase="sketch", moment=0.5), {"sketch": 1e9}
     assert not chaos._due(kill, Told("precompute", -1e18), usual)  # pyright: ignore[reportArgumentType]
@@ -109,3 +111,6 @@ def test_a_kill_waits_for_its_moment_and_hits_the_next_phase_where_it_comes_too_
     assert chaos._due(kill, Told("sketch", -1e18), usual)  # pyright: ignore[reportArgumentType]
     assert chaos._due(kill, Told("refine", 0.0), usual)  # pyright: ignore[reportArgumentType]
     assert not chaos._due(kill, Told("", -1e18), usual)  # pyright: ignore[reportArgumentType]
+    notice, starts = replace(kill, kind="notice"), Told("sketch", -1e18, trains=False)
+    assert not chaos._due(notice, starts, usual)  # pyright: ignore[reportArgumentType]
+    assert chaos._due(kill, starts, usual)  # pyright: ignore[reportArgumentType]
