@@ -51,7 +51,7 @@ def measure(run: Run) -> dict[str, float]:
     run.train_stages(STAGES)
     for name in STAGES:
         generator = run.student(name)
-        figures[f"{name}_fid"] = run.evaluator().measure(generator).fid
+        figures[f"{name}_fid"] = run.evaluator().measure([generator])[0].fid
     figures["sketch_seconds"] = run.student("sketch").train_seconds
     figures["refine_seconds"] = run.student("refine").train_seconds - figures["sketch_seconds"]
     return figures

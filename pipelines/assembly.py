@@ -1,6 +1,7 @@
 """What a recipe's parts become in a run directory: stages as jobs, teacher and students as generators, their judge."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -8,12 +9,18 @@ from pathlib import Path
 from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
 from pipelines.artifacts import fingerprint, read_json
-from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, Reference, teacher_generators
-from pipelines.feature_shards import load_feature_maker
-from pipelines.features import BUILT_IN, Extractor, load_extractor
+from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, teacher_generators
+from pipelines.extractor import Extractor
+from pipelines.feature_shards import load_feature_makers
+from pipelines.features import BUILT_IN, load_extractor
+from pipelines.generators import texts_of
 from pipelines.inputs import Inputs
+from pipelines.peer_pictures import drawn_by
+from pipelines.peers import PIPELINE
 from pipelines.perceptual import LPIPS, load_perceptual
+from pipelines.process import default_device
 from pipelines.recipe import TEACHER
+from pipelines.references import Library, Reference
 from pipelines.stages import StageJob, measured_steps, sampling_grid, stage_inputs
 
 
@@ -36,7 +43,7 @@ class Assembly(Inputs):
         return {name: load_perceptual(name).fingerprint for name in sorted(names)}
 
     def _extractor(self, name: str) -> Extractor:
-        extractor = load_extractor(name)
+        extractor = load_extractor(name, default_device())
         extractor.check(self.splits.train.shape)
         return extractor
 
@@ -93,7 +100,30 @@ class Assembly(Inputs):
         """All that the report has a row for, in order."""
         recipe = self.recipe
         from_teacher = teacher_generators(recipe.evaluate, self.teacher, recipe.teacher.guidance_scale)
-        return [*from_teacher, *(student for name in recipe.stages for student in self.students(name))]
+        students = (student for name in recipe.stages for student in self.students(name))
+        return [*from_teacher, *students, *(self.peer(name) for name in recipe.evaluate.peers)]
+
+    def peer(self, name: str) -> Generator:
+        """A generator of others, at its number of network calls.
+
+        Raises:
+            ValueError: there are no such pictures, or the pipeline cannot be loaded.
+        """
+        config = self.recipe.evaluate.peers[name]
+        if not config.is_pipeline:
+            return drawn_by(name, config)
+        labels = self.evaluation_labels(range(1)).tolist()
+        return Generator(
+            label=name,
+            stage="",
+            solver=PIPELINE,
+            grid=(),
+            calls_per_image=config.load("cpu").calls(labels, texts_of(self.reader, labels)),
+            train_seconds=0.0,
+            identity=config.identity,
+            guidance_scale=config.guidance_scale or 1.0,
+            peer=config,
+        )
 
     def require_trained(self, name: str) -> None:
         """Raises ValueError where a stage is not trained yet."""
@@ -132,16 +162,28 @@ class Assembly(Inputs):
 
     @cached_property
     def reference(self) -> Reference:
-        return Reference.of(self.splits, self.extractor)
+        asked = self.recipe.evaluate
+        return self._library.reference(_portable(asked.features), self.extractor, asked.num_samples, asked.statistics)
 
     @cached_property
     def second_reference(self) -> Reference | None:
-        return Reference.of(self.splits, self.second_extractor) if self.second_extractor else None
+        asked, extractor = self.recipe.evaluate, self.second_extractor
+        if extractor is None:
+            return None
+        return self._library.reference(_portable(asked.second_features), extractor, asked.num_samples, "")
+
+    @property
+    def _library(self) -> Library:
+        folder = self.dir.evaluation / "reference"
+        return Library(folder=folder, splits=self.splits, actors=self.recipe.evaluate.actors, progress=self.progress)
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Shows how far long work is; nobody watches here."""
+        del title, total
+        return nullcontext(lambda _: None)
 
     def evaluator(self) -> Evaluator:
         """Measures this run's generators."""
-        asked = self.recipe.evaluate
-        nets = [_portable(net) for net in (asked.features, asked.second_features) if net]
         return Evaluator(
             self.recipe.evaluate,
             self.reader,
@@ -151,8 +193,14 @@ class Assembly(Inputs):
             self.recipe.seed,
             self.dir.evaluation,
             self.evaluation_labels,
-            partial(load_feature_maker, teacher=self.recipe.teacher, prompts=self.prompts, nets=nets),
+            partial(load_feature_makers, teacher=self.recipe.teacher, prompts=self.prompts, nets=self.nets),
         )
+
+    @property
+    def nets(self) -> list[str]:
+        """How processes elsewhere load the feature nets of evaluation."""
+        asked = self.recipe.evaluate
+        return [_portable(net) for net in (asked.features, asked.second_features) if net]
 
 
 def _portable(net: str) -> str:

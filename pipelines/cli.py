@@ -211,6 +211,38 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 
 
 @main.command()
+@click.argument("pictures")
+@click.argument("reference")
+@click.option("--features", default="inception", show_default=True, help="Feature net, as in evaluate.features.")
+@click.option("--by-category", is_flag=True, help="Score each first folder below by itself, too, as MJHQ-30K does.")
+@click.option("--neighbours", default=5, show_default=True, help="For precision and recall.")
+@click.option("--pairs", default=10_000, show_default=True, help="Most pictures of a side compared pair by pair.")
+@click.option("--actors", default=0, show_default=True, help="Processes that work side by side; 0: this one.")
+@click.option("--gpus-per-actor", default=0.0, show_default=True, help="GPUs of each; may be a fraction.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where features are kept. [default: ~/.cache/hdistill]")
+@click.option("--out", type=click.Path(path_type=Path), help="A JSON file to write, too.")
+def score(actors: int, gpus_per_actor: float, cache: Path | None, out: Path | None, **asked: Any) -> None:
+    """Score a folder of PICTURES against REFERENCE: FID, KID, precision, recall, density, coverage, inception score.
+
+    REFERENCE is a folder, an npz file of mu and sigma, or a set that clean-fid publishes, such as cifar10/train/32.
+    Numbers are clean-fid's own, each with its 95% interval.
+    """
+    from pipelines.artifacts import write_text
+    from pipelines.cache import cache_folder
+    from pipelines.process import prepare_process
+    from pipelines.production import Actors
+    from pipelines.score import Asked, print_score, to_json
+    from pipelines.score import score as scored
+
+    prepare_process()
+    processes = Actors(count=actors, cpus=1.0, gpus=gpus_per_actor)
+    result = scored(Asked(actors=processes, cache=cache or cache_folder("features"), **asked), _console())
+    print_score(result, _console())
+    if out:
+        write_text(out, to_json(result))
+
+
+@main.command()
 @_with_recipe
 @click.option("--stage", required=True, help="The trained stage to sample.")
 @click.option("--num", default=64, show_default=True, help="How many pictures.")

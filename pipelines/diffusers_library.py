@@ -29,5 +29,5 @@ def from_pretrained(kind: Any, folder: str, what: str, **options: Any) -> Any:
     options = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32, **options}
     try:
         return kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, NotImplementedError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise ValueError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

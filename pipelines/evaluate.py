@@ -4,7 +4,7 @@ Samples stream block by block; a sample's noise and label come from its id alone
 same noises, and the result is the same however the blocks are spread.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hd_core.guidance import branches
-from hd_core.metrics.frechet import frechet_distance
-from hd_core.metrics.prdc import precision_recall
-from hd_core.metrics.statistics import Moments, merge_in_order
+from hd_core.metrics.frechet import frechet_estimate
 from hd_core.solvers import SOLVERS
 from hd_core.times import GridConfig
-from pipelines.artifacts import ensure_same, plain_name, read_json, write_arrays, write_json
-from pipelines.data import DataSplits
-from pipelines.feature_shards import FeatureMaker, feature_spec, read_pictures
-from pipelines.features import Extractor
+from pipelines.artifacts import ensure_same, fingerprint, plain_name, read_json, write_arrays, write_json
+from pipelines.feature_shards import Draw, FeatureJob, FeatureMaker, FeatureMakers, Joined, feature_spec, read_pictures
 from pipelines.generators import FLOW_MAP, Generator, class_labels, evaluation_seed, load_student, make_sampler
+from pipelines.measures import Estimates, fid_infinity, measured
+from pipelines.peers import PeerConfig
 from pipelines.production import Actors, produce
+from pipelines.references import Reference
 from pipelines.report import Row
 from pipelines.shards import ShardSet
 from pipelines.storage import remove_tree
@@ -58,8 +57,13 @@ class EvaluateConfig:
     """Feature net: digits, inception, or a folder of `hdistill features`; its name stands beside every metric."""
     second_features: str = ""
     """Another feature net, under which a second FID is measured; empty: none."""
+    statistics: str = ""
+    """What FID is against instead of the held-out images: an npz file of mu and sigma, or one of clean-fid's sets as
+    NAME/SPLIT/SIZE, such as cifar10/train/32; empty: those images."""
     neighbours: int = 5
     """Neighbours that set the radii of precision and recall."""
+    pairs: int = 10_000
+    """Samples, and real images, that KID, precision, recall, density and coverage compare pair by pair."""
     solvers: dict[str, tuple[int, ...]] = field(
         default_factory=lambda: {"euler": (1, 2, 4, 8, 32), "dpmpp_3m": (1, 2, 4, 5, 8, 32)}
     )
@@ -70,6 +74,8 @@ class EvaluateConfig:
     """Numbers of steps at which students are measured that are told of them, besides those of their training."""
     guidance_scales: tuple[float, ...] = (1.0,)
     """Guidance with which students are sampled; any but 1 calls the network twice a step."""
+    peers: dict[str, PeerConfig] = field(default_factory=dict)
+    """Generators of others, by the names that the table gives them."""
     pictures: int = 80
     """Samples of each generator that are kept as pictures."""
     num_actors: int | tuple[int, int] = 0
@@ -88,13 +94,19 @@ class EvaluateConfig:
                 "features must name a net, and second_features one of another name; given"
                 f" {self.features!r} and {self.second_features!r}"
             )
-        if self.neighbours >= self.num_samples:
-            raise ValueError(f"neighbours must be below num_samples; given {self.neighbours} and {self.num_samples}")
+        if self.neighbours >= min(self.num_samples, self.pairs):
+            raise ValueError(
+                "neighbours must be below num_samples and pairs; given"
+                f" {self.neighbours}, {self.num_samples} and {self.pairs}"
+            )
         for name, values in (("step_counts", self.step_counts), ("guidance_scales", self.guidance_scales)):
             if len(set(values)) < len(values) or any(not 0 <= value < float("inf") for value in values):
                 raise ValueError(f"{name}: each once, and none below 0; given {list(values)}")
         if not self.guidance_scales or 0 in self.step_counts:
             raise ValueError("guidance_scales must hold at least one, and step_counts none below 1")
+        for name in self.peers:
+            if not name.replace("_", "").replace("-", "").isalnum() or name == "teacher":
+                raise ValueError(f"peers: names are letters, digits, - and _, and not teacher; given {name!r}")
         for solver, steps in self.solvers.items():
             if solver not in SOLVERS:
                 raise ValueError(f"solvers: {solver!r} is not one of {', '.join(SOLVERS)}")
@@ -128,41 +140,6 @@ def teacher_generators(config: EvaluateConfig, teacher: Teacher, guidance_scale:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Real images that nothing was trained on, as features of one net."""
-
-    extractor: Extractor
-    """The net."""
-    features: np.ndarray
-    moments: Moments
-    real_fid: float
-    """FID of the real training images against these: what a perfect generator would get."""
-    halves_fid: float
-    """FID of one half of the reference against the other."""
-    pixels: tuple[int, ...]
-    """Height, width and channels of an image."""
-
-    @classmethod
-    def of(cls, splits: DataSplits, extractor: Extractor) -> "Reference":
-        """Features and statistics of the held-out images, and how far real images are from them."""
-        features = extractor(splits.reference.images)
-        half = len(features) // 2
-        moments = Moments.of(features)
-        return cls(
-            extractor=extractor,
-            features=features,
-            moments=moments,
-            real_fid=frechet_distance(Moments.of(extractor(splits.train.images)), moments),
-            halves_fid=frechet_distance(Moments.of(features[:half]), Moments.of(features[half:])),
-            pixels=splits.reference.images.shape[1:],
-        )
-
-    def distance(self, blocks: Iterable[np.ndarray]) -> float:
-        """FID of features, ``(n, d)`` a block; the same blocks in the same order give the same bits."""
-        return frechet_distance(merge_in_order(Moments.of(block) for block in blocks), self.moments)
-
-
 class Evaluator:
     """Measures generators of one teacher against one reference."""
 
@@ -176,12 +153,14 @@ class Evaluator:
         seed: int,
         folder: Path,
         labels: Callable[[range], Tensor],
-        elsewhere: Callable[..., FeatureMaker],
+        elsewhere: Callable[..., FeatureMakers],
     ) -> None:
-        """``elsewhere`` is `load_feature_maker` with all that is the same for every generator."""
+        """``elsewhere`` is `load_feature_makers` with all that is the same for every recipe."""
         self.config, self.teacher, self.labels, self.elsewhere = config, teacher, labels, elsewhere
         self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
         self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
+        if config.statistics:
+            self._against["statistics"] = fingerprint(reference.moments.covariance.tolist())
         if second:  # absent without one, as in rows that were measured before there was a second net
             self._against["second_feature_net"] = second.extractor.fingerprint
         if teacher.codec:
@@ -189,10 +168,11 @@ class Evaluator:
 
     def inputs(self, generator: Generator) -> dict[str, Any]:
         """All that determines a generator's row."""
-        settings = {"num_samples": self.config.num_samples, "neighbours": self.config.neighbours}
+        config = self.config
+        settings = {"num_samples": config.num_samples, "neighbours": config.neighbours, "pairs": config.pairs}
         grid = {"grid": list(generator.grid), "solver": generator.solver, "afs": generator.afs}
         grid["guidance_scale"] = generator.guidance_scale
-        pictures = {"pictures": self.config.pictures, "seed": self.seed, "identity": generator.identity}
+        pictures = {"pictures": config.pictures, "seed": self.seed, "identity": generator.identity}
         return {**settings, **grid, **pictures, **self._against}
 
     def finished(self, generator: Generator) -> Row | None:
@@ -215,60 +195,102 @@ class Evaluator:
     def _samples_of(self, generator: Generator, row: dict[str, Any]) -> Path:
         return self.folder / plain_name(row["samples"], self.folder / f"{generator.key}.json")
 
-    def measure(self, generator: Generator, progress: Callable[[int], None] = lambda _: None) -> Row:
-        """Sample, extract, compare; the row and the first pictures are kept, the features are dropped.
+    def measure(
+        self,
+        generators: Sequence[Generator],
+        progress: Callable[[int], None] = lambda _: None,
+        done: Callable[[Row], None] = lambda _: None,
+    ) -> list[Row]:
+        """Sample, extract, compare; rows and first pictures are kept as soon as they are known, features dropped.
 
-        Blocks that an earlier, killed process sampled are taken as they are.
+        Blocks that an earlier, killed process sampled are taken as they are. ``progress`` is told of samples, ``done``
+        of rows, which come in any order where several processes sample.
         """
-        shards = self.shards(generator)
-        if done := sum(shard.rows for shard in shards.shards):
-            progress(done)
-        work = {"shards": shards, "generator": generator, "seed": self.seed, "pictures": self.config.pictures}
-        work["labels"] = self.labels(range(self.config.num_samples)).numpy()
-        extractors = [net.extractor for net in self._references]
-        here = FeatureMaker(teacher=self.teacher, extractors=extractors, **work)
-        maker = partial(self.elsewhere, **work) if self.config.num_actors else lambda _device: here
-        produce(shards, maker, self.config.actors, progress)
-        row = self._row(generator, shards, here)
-        self._keep(generator, row, read_pictures(shards, self.reference.pixels, self.config.pictures))
-        remove_tree(shards.folder.parent)
+        jobs = [FeatureJob(generator=generator, shards=self.shards(generator)) for generator in generators]
+        draw = Draw(
+            seed=self.seed,
+            labels=self.labels(range(self.config.num_samples)).numpy(),
+            pictures=self.config.pictures,
+        )
+        here = FeatureMakers(jobs, draw, self.teacher, [net.extractor for net in self.references])
+        rows: dict[int, Row] = {}
+
+        def finish(place: int) -> None:
+            rows[place] = self._finished(jobs[place], here.of(place))
+            done(rows[place])
+
+        self._sample(jobs, draw, here, finish, progress)
+        return [rows[place] for place in range(len(jobs))]
+
+    def _sample(
+        self,
+        jobs: Sequence[FeatureJob],
+        draw: Draw,
+        here: FeatureMakers,
+        finish: Callable[[int], None],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Make the features that are missing; finish each generator whose features are all there."""
+        if there := sum(shard.rows for job in jobs for shard in job.shards.shards):
+            progress(there)
+        for place, job in enumerate(jobs):
+            if job.shards.complete:
+                finish(place)
+        joined = Joined([job.shards for job in jobs], finish)
+        if joined.missing:
+            elsewhere = partial(self.elsewhere, jobs=jobs, draw=draw)
+            maker = elsewhere if self.config.num_actors else lambda _device: here
+            produce(joined, maker, self.config.actors, progress)
+
+    def _finished(self, job: FeatureJob, maker: FeatureMaker) -> Row:
+        features = np.concatenate([rows.values for rows in job.shards])
+        ours, theirs = np.split(features, [self.reference.features.shape[1]], axis=1)
+        speed, work = images_per_second(job.shards, maker), operations(maker) / 1e9
+        row = self.row(job.generator, ours, theirs, images_per_second=speed, gflops_per_image=work)
+        self.keep(job.generator, row, read_pictures(job.shards, self.reference.pixels, self.config.pictures))
+        remove_tree(job.shards.folder.parent)
         return row
 
     def shards(self, generator: Generator) -> ShardSet:
         """The features of a generator's samples, as far as they are there; of each way to make them a folder."""
-        some = np.concatenate([net.features[:1] for net in self._references], axis=1)
+        some = np.concatenate([net.features[:1] for net in self.references], axis=1)
         spec = feature_spec(self.config.num_samples, self.config.batch_size, some, self.inputs(generator))
         return ShardSet.open(self.folder / f"{generator.key}-features" / spec.fingerprint[:16], spec)
 
     @property
-    def _references(self) -> list[Reference]:
+    def references(self) -> list[Reference]:
+        """The reference under each net."""
         return [self.reference, self.second] if self.second else [self.reference]
 
-    def _row(self, generator: Generator, shards: ShardSet, maker: FeatureMaker) -> Row:
-        features = [rows.values for rows in shards]
-        ours = [part[:, : self.reference.moments.width] for part in features]
-        theirs = [part[:, self.reference.moments.width :] for part in features]
-        quality = precision_recall(self.reference.features, np.concatenate(ours), neighbours=self.config.neighbours)
+    def row(self, generator: Generator, ours: np.ndarray, theirs: np.ndarray, **cost: Any) -> Row:
+        """What the features of its samples say of a generator; ``theirs`` are under the second net."""
+        found = self._estimates(ours, theirs)
+        values = {name: estimate.value for name, estimate in found.items()}
         return Row(
             generator=generator.label,
             stage=generator.stage,
             solver=generator.solver,
             nfe=generator.calls_per_image,
             guidance_scale=generator.guidance_scale,
-            num_samples=shards.spec.rows,
-            fid=self.reference.distance(ours),
+            num_samples=len(ours),
             fid_features=self.reference.extractor.name,
-            precision=quality.precision,
-            recall=quality.recall,
-            images_per_second=images_per_second(shards, maker),
-            gflops_per_image=operations(maker) / 1e9,
+            fid_infinity=fid_infinity(ours, self.reference.moments, values["fid"]),
             train_seconds=generator.train_seconds,
             samples=f"{generator.key}.npz",
-            second_fid=self.second.distance(theirs) if self.second else None,
             second_features=self.second.extractor.name if self.second else "",
+            intervals={name: [estimate.low, estimate.high] for name, estimate in found.items()},
+            **values,
+            **cost,
         )
 
-    def _keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
+    def _estimates(self, ours: np.ndarray, theirs: np.ndarray) -> Estimates:
+        net, config = self.reference, self.config
+        known = {"neighbours": config.neighbours, "pairs": config.pairs}
+        found = measured(ours, net.extractor, net.moments, net.features, **known)
+        return found | {"second_fid": frechet_estimate(theirs, self.second.moments)} if self.second else found
+
+    def keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
+        """Write a row, and the first pictures beside it."""
         labels = self.labels(range(len(pictures))).numpy()
         table = self.teacher.prompts
         prompts = {} if table is None else {"prompts": np.array([table.texts[label] for label in labels])}

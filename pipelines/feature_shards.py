@@ -4,20 +4,19 @@ One shard is one block of ids that are sampled together. It holds the features, 
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
-from hd_core.random import sample_noise
 from pipelines.data import Pixels, to_uint8
-from pipelines.features import Extractor, load_extractor
-from pipelines.generators import Generator, evaluation_seed, make_sampler
+from pipelines.extractor import Extractor
+from pipelines.features import load_extractor
+from pipelines.generators import Generator, make_painter
 from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, readable, tensor_table
 from pipelines.teachers import Teacher, TeacherConfig, load_teacher
 
@@ -45,31 +44,39 @@ def feature_spec(rows: int, block: int, features: np.ndarray, inputs: dict[str, 
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeatureJob:
+    """A generator, and where the features of its samples go."""
+
+    generator: Generator
+    shards: ShardSet
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draw:
+    """What every generator is asked for."""
+
+    seed: int
+    labels: np.ndarray
+    """``(rows,)`` int64, of all samples."""
+    pictures: int
+    """The first samples whose pixels are kept."""
+
+
 class FeatureMaker:
     """Holds a generator and feature nets, and makes shards of its samples' features."""
 
-    def __init__(
-        self,
-        *,
-        shards: ShardSet,
-        teacher: Teacher,
-        extractors: Sequence[Extractor],
-        generator: Generator,
-        seed: int,
-        labels: np.ndarray,
-        pictures: int,
-    ) -> None:
-        """``labels`` are of all samples, ``pictures`` the number of them whose pixels are kept."""
-        self._shards, self._teacher, self._extractors = shards, teacher, extractors
-        self._generator, self._seed, self._labels, self._pictures = generator, seed, labels, pictures
-        self._sampler = make_sampler(generator, teacher)
+    def __init__(self, job: FeatureJob, draw: Draw, teacher: Teacher, extractors: Sequence[Extractor]) -> None:
+        self._shards, self._draw, self._extractors = job.shards, draw, extractors
+        self.samples = make_painter(job.generator, teacher, draw.seed, draw.labels)
+        """Images in [-1, 1] of some sample ids, ``(b, c, h, w)``."""
 
     def shard(self, index: int) -> Shard:
         """Sample a block and commit its features; the shard's seconds are those of sampling alone."""
         spec, (images, seconds) = self._shards.spec, self.block(index)
         ids = spec.ids(index)
         features = np.concatenate([extractor(images) for extractor in self._extractors], axis=1)
-        table = tensor_table(np.arange(ids.start, ids.stop), self._labels[ids.start : ids.stop], features)
+        table = tensor_table(np.arange(ids.start, ids.stop), self._draw.labels[ids.start : ids.stop], features)
         table = table.append_column(PICTURE, self._kept(images, ids))
         return replace(commit_table(self._shards.folder, spec, index, table), seconds=seconds)
 
@@ -78,25 +85,62 @@ class FeatureMaker:
         started = time.perf_counter()
         return to_uint8(self.samples(self._shards.spec.ids(index))), time.perf_counter() - started
 
-    def samples(self, ids: range) -> Tensor:
-        """Images in [-1, 1] of some sample ids, ``(b, c, h, w)``."""
-        teacher = self._teacher
-        noise = sample_noise(evaluation_seed(self._seed), ids, teacher.shape).to(teacher.device)
-        labels = torch.tensor(self._labels[ids.start : ids.stop])
-        condition = teacher.condition(labels).to(teacher.device)
-        return teacher.decoded(self._sampler(self._generator.grid[0] * noise, condition))
-
     def _kept(self, images: Pixels, ids: range) -> pa.Array:
-        kept = [image.tobytes() for image in images[: max(0, self._pictures - ids.start)]]
+        kept = [image.tobytes() for image in images[: max(0, self._draw.pictures - ids.start)]]
         return pa.array([*kept, *[None] * (len(ids) - len(kept))], pa.large_binary())
 
 
-def load_feature_maker(
+class FeatureMakers:
+    """The same for several generators, whose shards are numbered on; holds one of them at a time."""
+
+    def __init__(
+        self, jobs: Sequence[FeatureJob], draw: Draw, teacher: Teacher, extractors: Sequence[Extractor]
+    ) -> None:
+        self._jobs, self._numbers = jobs, numbered([job.shards for job in jobs])
+        self._open = lru_cache(maxsize=1)(lambda place: FeatureMaker(jobs[place], draw, teacher, extractors))
+
+    def shard(self, index: int) -> Shard:
+        """Make the shard of a number."""
+        place, local = self._numbers[index]
+        return replace(self.of(place).shard(local), index=index)
+
+    def of(self, place: int) -> FeatureMaker:
+        """The maker of one generator."""
+        return self._open(place)
+
+
+def load_feature_makers(
     device: str, *, teacher: TeacherConfig, prompts: ShardSet | None, nets: Sequence[str], **rest: Any
-) -> FeatureMaker:
-    """A `FeatureMaker` in another process: its teacher and its feature nets are loaded there."""
-    extractors = [load_extractor(net) for net in nets]
-    return FeatureMaker(teacher=load_teacher(teacher, prompts).to(device), extractors=extractors, **rest)
+) -> FeatureMakers:
+    """`FeatureMakers` in another process: the teacher and the feature nets are loaded there, once."""
+    extractors = [load_extractor(net, device) for net in nets]
+    return FeatureMakers(teacher=load_teacher(teacher, prompts).to(device), extractors=extractors, **rest)
+
+
+def numbered(sets: Sequence[ShardSet]) -> list[tuple[int, int]]:
+    """Every shard of some sets in order, as the set's place and the shard's number in it."""
+    return [(place, local) for place, shards in enumerate(sets) for local in range(shards.spec.num_shards)]
+
+
+class Joined:
+    """Several shard sets as one that can be produced."""
+
+    def __init__(self, sets: Sequence[ShardSet], complete: Callable[[int], None]) -> None:
+        """``complete`` is told of the place of a set that was made whole."""
+        self._sets, self._numbers, self._complete = sets, numbered(sets), complete
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not committed."""
+        absent = {(place, local) for place, shards in enumerate(self._sets) for local in shards.missing}
+        return [index for index, which in enumerate(self._numbers) if which in absent]
+
+    def commit(self, shard: Shard) -> None:
+        """List a written shard in its set's manifest."""
+        place, local = self._numbers[shard.index]
+        self._sets[place].commit(replace(shard, index=local))
+        if self._sets[place].complete:
+            self._complete(place)
 
 
 def read_pictures(shards: ShardSet, shape: Sequence[int], count: int) -> Pixels:

@@ -5,7 +5,6 @@ classes by `hdistill assets build`; for other pictures, `hdistill features` trai
 always says which net made its features.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -13,26 +12,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.artifacts import file_hash
-from pipelines.lazy import LazyPixels
+from pipelines.extractor import Extractor
+from pipelines.inception import load_inception
 from pipelines.model_files import read_object
 from pipelines.torchvision_ops import declare_missing_operators
 
-BUILT_IN = ("digits", "inception")
+INCEPTION = "inception"
+BUILT_IN = ("digits", INCEPTION)
 """Names of the nets that are no folder."""
 FeatureTask = Literal["classes", "denoise"]
 DIGITS_WEIGHTS = Path(__file__).parent / "assets" / "features" / "digits" / "model.safetensors"
 WEIGHTS = "model.safetensors"
-_INCEPTION_SIZE = 299
-_PIXELS_AT_ONCE = 2**22
 
 
 class DigitsFeatureNet(nn.Module):
@@ -186,64 +183,16 @@ def load_feature_net(folder: Path) -> FeatureNet:
     return net.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extractor:
-    """Features of uint8 images."""
-
-    name: str
-    """What stands beside a metric: digits, inception, or the name of the net's folder."""
-    size: int
-    """Height and width that the net takes; other images go through clean-fid's own resize."""
-    model: Callable[[Tensor], Tensor]
-    """``(n, 3, size, size)`` float in [0, 255] to ``(n, d)``."""
-    fingerprint: str
-    """Hash of the net's weights."""
-    shape: tuple[int, int, int] | None = None
-    """Channels, height and width of the only images that the net takes; ``None``: any."""
-
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises ValueError where images of (channels, height, width) are not for this net."""
-        if self.shape not in (None, shape):
-            raise ValueError(
-                f"the feature net {self.name} takes images of (channels, height, width) {self.shape}; these are"
-                f" {shape}: train one on them with `hdistill features`"
-            )
-
-    def __call__(self, images: UInt8[np.ndarray | LazyPixels, "n h w c"]) -> Float[np.ndarray, "n d"]:
-        """Features of images, grey or in colour, of as many at once as memory bears."""
-        _, height, width, channels = images.shape
-        self.check((channels, height, width))
-        step = max(1, _PIXELS_AT_ONCE // self.size**2)
-        parts = [self._features(images[start : start + step]) for start in range(0, len(images), step)]
-        return np.concatenate(parts)
-
-    def _features(self, images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
-        from cleanfid.fid import get_batch_features
-
-        resized = self._resized(np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images)
-        # Contiguous channels first: a channels-last view changes the last bits of the features.
-        batch = torch.from_numpy(np.ascontiguousarray(resized.transpose(0, 3, 1, 2)))
-        return get_batch_features(batch, self.model, torch.device("cpu"))
-
-    def _resized(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n size size 3"]:
-        if images.shape[1:3] == (self.size, self.size):
-            return images.astype(np.float32)
-        from cleanfid.resize import make_resizer
-
-        resize: Any = make_resizer("PIL", False, "bicubic", (self.size, self.size))
-        return np.stack([resize(image) for image in images])
-
-
-def load_extractor(name: str) -> Extractor:
-    """The extractor of a name, or of a folder that `hdistill features` made.
+def load_extractor(name: str, device: str = "cpu") -> Extractor:
+    """The extractor of a name, of a folder that `hdistill features` made, or of a file of Inception's weights.
 
     Raises:
-        ValueError: there is none, or clean-fid's Inception weights are not there and cannot be fetched.
+        ValueError: there is none, or Inception's weights are not there and cannot be fetched.
     """
     declare_missing_operators()
-    if name in BUILT_IN:
-        return _digits() if name == "digits" else _inception()
-    return _own(Path(name).expanduser())
+    if name == INCEPTION or name.endswith(".pt"):
+        return load_inception("" if name == INCEPTION else name, device)
+    return _digits(device) if name == "digits" else _own(Path(name).expanduser(), device)
 
 
 def net_name(folder: Path) -> str:
@@ -254,29 +203,33 @@ def net_name(folder: Path) -> str:
     return name
 
 
-def _own(folder: Path) -> Extractor:
-    net, name = load_feature_net(folder), net_name(folder)
-    weights = file_hash(folder / WEIGHTS)
-    return Extractor(name=name, size=net.config.size, model=net, fingerprint=weights, shape=net.config.shape)
+def _own(folder: Path, device: str) -> Extractor:
+    net, name = load_feature_net(folder).to(device), net_name(folder)
+    return Extractor(
+        name=name,
+        size=net.config.size,
+        model=net,
+        fingerprint=file_hash(folder / WEIGHTS),
+        shape=net.config.shape,
+        device=device,
+        logits=_last_layer(net.classes) if net.config.task == "classes" else None,
+    )
 
 
-def _digits() -> Extractor:
+def _digits(device: str) -> Extractor:
     net = DigitsFeatureNet()
     net.load_state_dict(load_file(DIGITS_WEIGHTS))
-    net.eval().requires_grad_(False)
-    return Extractor(name="digits", size=DigitsFeatureNet.size, model=net, fingerprint=file_hash(DIGITS_WEIGHTS))
+    net.eval().requires_grad_(False).to(device)
+    return Extractor(
+        name="digits",
+        size=DigitsFeatureNet.size,
+        model=net,
+        fingerprint=file_hash(DIGITS_WEIGHTS),
+        device=device,
+        logits=_last_layer(net.classes),
+    )
 
 
-def _inception() -> Extractor:
-    from cleanfid.features import build_feature_extractor
-
-    try:
-        model = build_feature_extractor("clean", torch.device("cpu"), use_dataparallel=False)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            "clean-fid's Inception weights are not on this machine and could not be fetched"
-            f" ({str(error).splitlines()[0]}). Put inception-2015-12-05.pt into the system's temporary directory, or"
-            " set evaluate.features to digits"
-        ) from None
-    identity = hashlib.sha256(b"clean-fid inception-2015-12-05").hexdigest()
-    return Extractor(name="inception", size=_INCEPTION_SIZE, model=model, fingerprint=identity)
+def _last_layer(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """What a net of ours does after its features."""
+    return lambda features: layer(F.silu(features.to(layer.weight.device))).cpu()

@@ -16,7 +16,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a number of channels."""
 
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has others that start programs
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has others that start programs
 _TOO_DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to 8 bits instead of scaling them
 _REASON_LENGTH = 100
 
@@ -44,7 +44,7 @@ def read_picture(stream: BinaryIO, config: DataConfig) -> Picture:
         BadPicture: it is damaged, deeper than 8 bits a channel, far too large, or far too small for ``image_size``.
         ValueError: it is larger than the size to which it is to be padded.
     """
-    with _as_bad(), Image.open(stream, formats=_FORMATS) as opened:
+    with _as_bad(), Image.open(stream, formats=FORMATS) as opened:
         _refuse_unfit(opened, config)
         picture = ImageOps.exif_transpose(opened).convert(MODES[config.channels or 3])
     if config.fit == "pad":
@@ -54,7 +54,7 @@ def read_picture(stream: BinaryIO, config: DataConfig) -> Picture:
 
 def check_header(stream: BinaryIO, config: DataConfig) -> None:
     """Raise what `read_picture` would, as far as the picture's header tells it; no pixel is decoded."""
-    with _as_bad(), Image.open(stream, formats=_FORMATS) as opened:
+    with _as_bad(), Image.open(stream, formats=FORMATS) as opened:
         _refuse_unfit(opened, config)
         width, height = opened.size
     if config.fit == "pad":

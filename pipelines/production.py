@@ -31,6 +31,19 @@ Progress = Callable[[int], None]
 Count = int | tuple[int, int]
 
 
+class Producible(Protocol):
+    """Shards of which some are missing."""
+
+    @property
+    def missing(self) -> list[int]:
+        """Their numbers."""
+        ...
+
+    def commit(self, shard: Shard) -> None:
+        """List one that was written."""
+        ...
+
+
 class Maker(Protocol):
     """Holds the networks that some kind of shard needs."""
 
@@ -144,7 +157,7 @@ class _Unit:
         return _Unit(self.shard, encode(self.table), self.seconds + time.perf_counter() - started)
 
 
-def produce(shards: ShardSet, maker: Made, actors: Actors, progress: Progress) -> None:
+def produce(shards: Producible, maker: Made, actors: Actors, progress: Progress) -> None:
     """Make the missing shards; ``progress`` is told of rows as their shard is committed.
 
     Raises:
@@ -157,7 +170,7 @@ def produce(shards: ShardSet, maker: Made, actors: Actors, progress: Progress) -
         progress(shard.rows)
 
 
-def start_for(shards: ShardSet, maker: Made, actors: Actors) -> tuple[int, int]:
+def start_for(shards: Producible, maker: Made, actors: Actors) -> tuple[int, int]:
     """Start Ray, or see that it has room for the fewest actors; returns the fewest and the most that have work.
 
     Raises:
@@ -165,7 +178,7 @@ def start_for(shards: ShardSet, maker: Made, actors: Actors) -> tuple[int, int]:
     """
     from pipelines.cluster import ensure_ray, room_for
 
-    work = len(_units_of(shards, maker.rows)) if isinstance(maker, InParts) else len(shards.missing)
+    work = len(_units_of(_set_of(shards), maker.rows)) if isinstance(maker, InParts) else len(shards.missing)
     fewest, others = min(actors.fewest, work), _READER_CPUS if isinstance(maker, InParts) else 0.0
     ensure_ray(reserved_cpus=fewest * actors.cpus, reserved_gpus=fewest * actors.gpus, other_cpus=others)
     return fewest, max(fewest, min(actors.most, work, room_for(cpus=actors.cpus, gpus=actors.gpus)))
@@ -176,12 +189,18 @@ def unit_rows(row_bytes: int, batch_size: int) -> int:
     return max(1, min(batch_size, UNIT_BYTES // row_bytes))
 
 
+def _set_of(shards: Producible) -> ShardSet:
+    """What is made in parts is one set: its units are cut by its spec."""
+    assert isinstance(shards, ShardSet)
+    return shards
+
+
 # In this process
 
 
-def _here(shards: ShardSet, maker: Made) -> Iterator[Shard]:
+def _here(shards: Producible, maker: Made) -> Iterator[Shard]:
     if isinstance(maker, InParts):
-        return _in_parts_here(shards, maker, maker.encoder(default_device()))
+        return _in_parts_here(_set_of(shards), maker, maker.encoder(default_device()))
     ready = maker(default_device())
     return (_timed(ready.shard, index) for index in shards.missing)
 
@@ -215,7 +234,7 @@ def _of_units(shards: ShardSet, parts: Sequence[_Unit]) -> Shard:
 # By Ray Data
 
 
-def _by_actors(shards: ShardSet, maker: Made, actors: Actors) -> Iterator[Shard]:
+def _by_actors(shards: Producible, maker: Made, actors: Actors) -> Iterator[Shard]:
     from ray.data import ActorPoolStrategy
 
     fewest, most = start_for(shards, maker, actors)
@@ -226,14 +245,17 @@ def _by_actors(shards: ShardSet, maker: Made, actors: Actors) -> Iterator[Shard]
         "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
         **_WHOLE_BLOCKS,
     }
-    flow = _in_parts(shards, maker, actors, pool) if isinstance(maker, InParts) else _whole(shards, maker, actors, pool)
+    if isinstance(maker, InParts):
+        flow = _in_parts(_set_of(shards), maker, actors, pool)
+    else:
+        flow = _whole(shards, maker, actors, pool)
     for row in flow.iter_rows():
         if isinstance(row["made"], Exception):
             raise row["made"]
         yield row["made"]
 
 
-def _whole(shards: ShardSet, maker: MakerOn, actors: Actors, pool: dict[str, Any]) -> "ray.data.Dataset":
+def _whole(shards: Producible, maker: MakerOn, actors: Actors, pool: dict[str, Any]) -> "ray.data.Dataset":
     import ray.data
 
     numbers = ray.data.from_arrow([pa.table({"shard": [index]}) for index in shards.missing])

@@ -38,3 +38,14 @@ def bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], No
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+class Counter:
+    """Turns steps of work into what has been done so far, for a bar."""
+
+    def __init__(self, done: int, show: Callable[[int], object]) -> None:
+        self._done, self._show = done, show
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._show(self._done)

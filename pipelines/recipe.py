@@ -215,6 +215,7 @@ _FREE = (
     "evaluate.cpus_per_actor",
     "evaluate.gpus_per_actor",
     "evaluate.solvers",
+    "evaluate.peers",
     "evaluate.step_counts",
     "evaluate.guidance_scales",
     *(f"stages.*.{name}" for name in FREE_STAGE_FIELDS),

@@ -7,7 +7,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,15 +21,15 @@ from pipelines.artifacts import write_text
 from pipelines.report_columns import calls, columns, line_of
 from pipelines.report_page import render, render_stages
 
-SCHEMA_VERSION = 3
-_READABLE_VERSIONS = (1, 2, 3)
+SCHEMA_VERSION = 4
+_READABLE_VERSIONS = (1, 2, 3, 4)
 _REFERENCE_KEYS: dict[str, type] = {"real_fid": float, "halves_fid": float, "num_reference": int, "fid_features": str}
 _SECOND_KEYS: dict[str, type] = {"second_real_fid": float, "second_halves_fid": float, "second_features": str}
 """Keys of the reference that are there only where there was a second feature net."""
 _SOLVER_NAMES = {
     "euler": "Euler", "heun": "Heun", "dpm_solver_2": "DPM-Solver-2", "dpmpp_2m": "DPM-Solver++(2M)",
     "dpmpp_3m": "DPM-Solver++(3M)", "ipndm_2": "iPNDM (2)", "ipndm_3": "iPNDM (3)", "ipndm_4": "iPNDM",
-    "flow_map": "flow map",
+    "flow_map": "flow map", "pipeline": "its pipeline", "pictures": "its pictures",
 }  # fmt: skip
 _GENERATOR_NAMES = {"hd": "HD", "sfd_v": "SFD-v", "sfd": "SFD"}
 """By how a label starts, the longer first."""
@@ -57,10 +57,10 @@ class Row:
     """Share of the pictures that lie among the reference, 0 to 1."""
     recall: float
     """Share of the reference that lies among the pictures, 0 to 1."""
-    images_per_second: float
-    """Sampling speed on the machine of the run."""
-    gflops_per_image: float
-    """1e9 floating-point operations for one picture, all network calls together."""
+    images_per_second: float | None
+    """Sampling speed on the machine of the run; None: not known, as of pictures that were given."""
+    gflops_per_image: float | None
+    """1e9 floating-point operations for one picture, all network calls together; None: not known."""
     train_seconds: float
     """Training of the whole chain of stages that made it; 0 for the teacher."""
     samples: str
@@ -72,6 +72,20 @@ class Row:
     """Name of that net; empty where there was none."""
     guidance_scale: float = 1.0
     """Guidance: of the teacher, or with which a student was sampled."""
+    fid_infinity: float | None = None
+    """FID in the limit of ever more samples; None where there are too few to tell."""
+    kid: float | None = None
+    """Kernel distance of the features, unbiased; about 0 for perfect samples, and then negative half the time."""
+    density: float | None = None
+    """Real balls around a picture, over the number of neighbours, on average."""
+    coverage: float | None = None
+    """Share of real balls with a picture inside, 0 to 1."""
+    inception_score: float | None = None
+    """From 1 to the number of the net's classes; None where the feature net knows none."""
+    clip_score: float | None = None
+    """100 times the cosine of picture and prompt under CLIP, on average; None where it was not asked for."""
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """By metric, low and high end of the 95% interval over draws of as many samples."""
 
     def __post_init__(self) -> None:
         if self.nfe < 1:
@@ -146,7 +160,9 @@ class Report:
     reference: dict[str, Any]
     """`real_fid`: FID of the real training images against the held-out reference; `halves_fid`: of one half of that
     reference against the other; `num_reference`: images in the reference; `fid_features`: the feature net. Where there
-    was a second net, `second_real_fid`, `second_halves_fid` and `second_features` say the same of it."""
+    was a second net, `second_real_fid`, `second_halves_fid` and `second_features` say the same of it. `source`: what
+    FID is against; `caution`: what to mind, where there is something; `features_sha256`, `feature_width`, `resize`,
+    `data_sha256`: how it was measured."""
     environment: dict[str, Any]
     """Versions, processor count and the like."""
     created: str
@@ -227,7 +243,7 @@ def _checked(record: Any, cls: type, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{where.rstrip('.')} must be an object, not {type(record).__name__}")
     kinds = get_type_hints(cls)
-    there = [field.name for field in fields(cls) if field.name in record or field.default is MISSING]
+    there = [one.name for one in fields(cls) if one.name in record or one.default is one.default_factory is MISSING]
     return {name: _check_value(record, name, kinds[name], where) for name in there}
 
 
@@ -254,10 +270,12 @@ def _check_value(record: Mapping[str, Any], key: str, kind: Any, where: str) -> 
 def print_table(report: Report, console: Console, *, run_dir: Path | None = None) -> None:
     """Prints the rows, then what was reused and, given the run directory, where the report is.
 
-    On a narrow terminal solvers take their short names, then quality and cost take a table each; no number is cut.
+    On a narrow terminal solvers take their short names and KID is left out, then quality and cost take a table each; no
+    number is cut.
     """
     wide = console.options.update(max_width=10_000)
-    for tables in ([_table(report, True)], [_table(report, False)], _split(report)):
+    short = [column.name for column in columns(report.rows) if column.name != "kid"]
+    for tables in ([_table(report, True)], [_table(report, False, short)], _split(report)):
         widths = [table.__rich_measure__(console, wide).maximum for table in tables]
         if max(widths) <= console.width:
             break
@@ -267,6 +285,7 @@ def print_table(report: Report, console: Console, *, run_dir: Path | None = None
     reused = ", ".join(phase.name for phase in report.phases if phase.reused)
     seconds = sum(phase.wall_seconds for phase in report.phases)
     lines = [f"Took {seconds:,.0f} s. " + (f"Reused: {reused}." if reused else "Nothing was reused.")]
+    lines += [f"Mind: {report.reference['caution']}."] if report.reference.get("caution") else []
     if run_dir is not None:
         lines += [f"Report    {run_dir / 'report.html'}", f"Pictures  {run_dir / 'figures'}"]
     for line in lines:
@@ -291,7 +310,7 @@ def _table(report: Report, long_names: bool, only: Sequence[str] = ()) -> Table:
 
 def _split(report: Report) -> list[Table]:
     quality, cost = (
-        ("nfe", "fid", "second_fid", "precision", "recall"),
+        ("nfe", "fid", "fid_spread", "second_fid", "kid", "precision", "recall"),
         ("nfe", "images_per_second", "gflops_per_image", "train_seconds"),
     )
     return [_table(report, False, quality), _table(report, False, cost)]

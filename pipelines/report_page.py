@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines import charts, figures, stage_charts
 from pipelines.artifacts import as_text, atomic_path, flatten, read_json, write_text
-from pipelines.report_columns import calls, columns, digits, line_of
+from pipelines.report_columns import calls, columns, digits, line_of, measures, with_interval
 from pipelines.storage import local_copy
 from pipelines.weight_sheet import Looks, read_looks, weight_sheet
 
@@ -69,6 +69,7 @@ def render(report: "Report", run_dir: Path) -> None:
         "title": report.recipe.get("name") or run_dir.resolve().name,
         "report": report,
         "columns": columns(report.rows),
+        "measures": measures(report.rows),
         "groups": [list(group) for _, group in groupby(enumerate(report.rows), key=lambda item: line_of(item[1]))],
     }
     page = _template().render(context, sheets=sheets, grids=grids, charts=drawn, notes=notes, **_headlines(report.rows))
@@ -95,13 +96,13 @@ def _template() -> jinja2.Template:
     )
     environment.filters.update(base64=lambda png: base64.b64encode(png).decode(), flat=_flat, calls=calls)
     environment.filters.update(times=lambda ratio: f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times")
-    environment.filters.update(digits=lambda value: digits([value], 0)(value))
+    environment.filters.update(digits=lambda value: digits([value], 0)(value), measure=with_interval)
     return environment.from_string(importlib.resources.files("pipelines").joinpath("report.html.j2").read_text("utf-8"))
 
 
 def _headlines(rows: Sequence["Row"]) -> dict[str, Any]:
     """The teacher's best row, each student's best row, and the teacher's best at each number of calls."""
-    teacher = [row for row in rows if not row.stage]
+    teacher = [row for row in rows if row.generator == "teacher"]
     students = [min(group, key=_fid) for group in _by(rows, lambda row: row.generator if row.stage else "").values()]
     equals = {nfe: min(group, key=_fid) for nfe, group in _by(teacher, lambda row: row.nfe).items()}
     return {

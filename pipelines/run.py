@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -18,10 +18,14 @@ from pipelines.artifacts import RunDir, differences, fingerprint, read_json, wri
 from pipelines.assembly import Assembly
 from pipelines.cluster import is_running, stop_ray
 from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
+from pipelines.evaluate import Evaluator, Generator
 from pipelines.journal import Status
+from pipelines.measures import caution
+from pipelines.peer_pictures import measure_pictures
+from pipelines.peers import PICTURES
 from pipelines.process import environment
 from pipelines.production import Made, produce, start_for
-from pipelines.progress import bar
+from pipelines.progress import Counter, bar
 from pipelines.recipe import Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.shards import ShardSet, write_shard
@@ -153,8 +157,8 @@ class Run(Assembly):
         done = sum(shard.rows for shard in shards.shards)
         if done:
             self.say(f"{what}: {done:,} of {shards.spec.rows:,} are there; making the rest")
-        with bar(self.console, what, shards.spec.rows) as show:
-            counter = _Counter(done, lambda rows: (billed.see(), show(rows)))
+        with self.progress(what, shards.spec.rows) as show:
+            counter = Counter(done, lambda rows: (billed.see(), show(rows)))
             show(done)
             produce(shards, maker, self.recipe.precompute.actors, counter.add)
 
@@ -200,7 +204,7 @@ class Run(Assembly):
         tracker = self._stage_tracker(job)
         tracker.params(self.recipe.to_dict()["stages"][job.name])
         try:
-            with bar(self.console, f"train {job.name}", job.stage.num_steps) as show:
+            with self.progress(f"train {job.name}", job.stage.num_steps) as show:
                 if job.train.num_workers:
                     self._train_remotely(job, tracker, show)
                 else:
@@ -234,30 +238,34 @@ class Run(Assembly):
         """
         for name in self.recipe.stages:
             self.require_trained(name)
-        evaluator = self.evaluator()
-        rows: list[Row] = []
         with self.phase("evaluate") as phase:
+            evaluator = self.evaluator()
             generators = self.generators()
             found = [evaluator.finished(generator) for generator in generators]
             phase.reused = all(found)
-            with bar(self.console, "evaluate", len(generators) * self.recipe.evaluate.num_samples) as show:
-                counter = _Counter(0, show)
-                for generator, row in zip(generators, found, strict=True):
-                    if row is None:
-                        row = evaluator.measure(generator, counter.add)
-                        self._log_row(row)
-                    rows.append(row)
-        return rows
+            missing = [generator for generator, row in zip(generators, found, strict=True) if row is None]
+            made = {row.samples: row for row in self._measured(evaluator, missing)}
+            return [row or made[f"{one.key}.npz"] for one, row in zip(generators, found, strict=True)]
+
+    def _measured(self, evaluator: Evaluator, generators: Sequence[Generator]) -> Iterator[Row]:
+        given = [generator for generator in generators if generator.solver == PICTURES]
+        drawn = [generator for generator in generators if generator.solver != PICTURES]
+        if drawn:
+            with self.progress("evaluate", len(drawn) * self.recipe.evaluate.num_samples) as show:
+                yield from evaluator.measure(drawn, Counter(0, show).add, self._log_row)
+        for generator in given:
+            with self.progress(f"pictures of {generator.label}", len(self.nets)) as show:
+                yield (row := measure_pictures(evaluator, generator, self.nets, show))
+            self._log_row(row)
 
     def _log_row(self, row: Row) -> None:
         guided = f"_guided_{row.guidance_scale:g}" if row.guided else ""
         name = f"{row.stage or row.generator}_{row.solver}{guided}"
-        metrics = {f"fid_{row.fid_features}": row.fid, "precision": row.precision, "recall": row.recall}
-        if row.second_fid is not None:
-            metrics[f"fid_{row.second_features}"] = row.second_fid
+        metrics = metrics_of_row(row)
         self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
-        sampling = row.num_samples / row.images_per_second
-        self.bill.add("evaluate", worker_seconds=sampling, network_calls=float(row.num_samples * row.nfe))
+        if row.images_per_second:  # else others drew them
+            sampling = row.num_samples / row.images_per_second
+            self.bill.add("evaluate", worker_seconds=sampling, network_calls=float(row.num_samples * row.nfe))
         if row.stage and row.samples == f"{self.student(row.stage).key}.npz":
             tracker = self._stage_tracker(self.job(row.stage))
             tracker.metrics(metrics, step=self.recipe.stages[row.stage].num_steps)
@@ -283,6 +291,9 @@ class Run(Assembly):
             "halves_fid": self.reference.halves_fid,
             "num_reference": len(self.splits.reference),
             "fid_features": self.extractor.name,
+            **self.reference.provenance,
+            "data_sha256": self.splits.fingerprint,
+            "caution": caution(self.recipe.evaluate.num_samples, self.reference.moments.width),
         }
         if second := self.second_reference:
             reference["second_real_fid"], reference["second_halves_fid"] = second.real_fid, second.halves_fid
@@ -300,6 +311,10 @@ class Run(Assembly):
         return report
 
     # Saying what happens
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar."""
+        return bar(self.console, title, total)
 
     @contextmanager
     def phase(self, name: str, *, billed: bool = True) -> "Iterator[_Phase]":
@@ -326,13 +341,12 @@ class _Phase:
     reused: bool = False
 
 
-class _Counter:
-    def __init__(self, done: int, show: Callable[[int], object]) -> None:
-        self._done, self._show = done, show
-
-    def add(self, count: int) -> None:
-        self._done += count
-        self._show(self._done)
+def metrics_of_row(row: Row) -> dict[str, float]:
+    """What a tracked run is told of a generator; FIDs are named by their feature net."""
+    fids = {f"fid_{row.fid_features}": row.fid, f"fid_{row.second_features}": row.second_fid}
+    names = ("fid_infinity", "kid", "precision", "recall", "density", "coverage", "inception_score", "clip_score")
+    found = fids | {name: getattr(row, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def ending(error: BaseException) -> Status:

@@ -4,12 +4,13 @@ All work is in float64: ``|x|^2 + |y|^2 - 2 x.y`` is a matrix product, but it ca
 distance below about a thousandth of a row's norm would be rounding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from hd_core.metrics.estimate import Estimate
 from hd_core.metrics.statistics import Features, as_rows, check_widths
 
 TIE = 1e-12
@@ -18,15 +19,19 @@ TIE = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionRecall:
-    """How alike two sets of features are, without one number for both faults."""
+    """How alike two sets of features are, without one number for both faults.
 
-    precision: float
+    The intervals are over draws of the generated rows. Those of recall and coverage are a jackknife's: how many real
+    rows or balls would no longer count without one generated row, the generated balls' radii being fixed.
+    """
+
+    precision: Estimate
     """Share of generated rows inside some real ball."""
-    recall: float
+    recall: Estimate
     """Share of real rows inside some generated ball."""
-    density: float
+    density: Estimate
     """Real balls around a generated row, over ``neighbours``, on average; can exceed 1."""
-    coverage: float
+    coverage: Estimate
     """Share of real balls with a generated row inside."""
 
 
@@ -69,19 +74,42 @@ def precision_recall(
     return _compare(x - centre, y.to(x.device) - centre, neighbours, block_rows)
 
 
+class _Hits:
+    """Which real rows are hit by some generated row, and by which one alone."""
+
+    def __init__(self, generated: int, device: torch.device) -> None:
+        self._alone = torch.zeros(generated, dtype=torch.int64, device=device)
+        self._seen = self._hit = 0
+
+    def see(self, hits: Bool[Tensor, "n m"]) -> None:
+        """Some real rows, each with the generated rows that hit it."""
+        times = hits.sum(dim=1)
+        self._alone += hits[times == 1].sum(dim=0)
+        self._seen += len(hits)
+        self._hit += int((times > 0).sum())
+
+    def share(self) -> Estimate:
+        """Real rows that are hit, over all."""
+        losses = self._alone.double() / self._seen
+        error = ((losses - losses.mean()).square().sum() * (1 - 1 / len(losses))).sqrt().item()
+        found = Estimate.normal(self._hit / self._seen, error)
+        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+
+
 def _compare(x: Float64[Tensor, "n d"], y: Float64[Tensor, "m d"], neighbours: int, block_rows: int) -> PrecisionRecall:
     real_radii, generated_radii = (squared_radii(rows, neighbours, block_rows) for rows in (x, y))
     real_balls_around = torch.zeros(len(y), dtype=torch.int64, device=x.device)
-    recalled = covered = 0
+    recalled, covered = _Hits(len(y), x.device), _Hits(len(y), x.device)
     for block, radii in zip(torch.split(x, block_rows), torch.split(real_radii, block_rows), strict=True):
         distances = squared_distances(block, y)
         inside_real = distances <= radii[:, None]
         real_balls_around += inside_real.sum(dim=0)
-        covered += int(inside_real.any(dim=1).sum())
-        recalled += int((distances <= generated_radii).any(dim=1).sum())
+        covered.see(inside_real)
+        recalled.see(distances <= generated_radii)
+    densities = real_balls_around.double() / neighbours
     return PrecisionRecall(
-        precision=(real_balls_around > 0).double().mean().item(),
-        recall=recalled / len(x),
-        density=real_balls_around.double().mean().item() / neighbours,
-        coverage=covered / len(x),
+        precision=Estimate.share(int((real_balls_around > 0).sum()), len(y)),
+        recall=recalled.share(),
+        density=Estimate.normal(densities.mean().item(), densities.std().item() / len(y) ** 0.5),
+        coverage=covered.share(),
     )

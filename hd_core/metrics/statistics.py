@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -76,6 +77,17 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature rows, got {self.count}")
         return self.scatter / (self.count - 1)
+
+    @cached_property
+    def factor(self) -> Float64[np.ndarray, "d k"]:
+        """``F`` of shape ``(d, rank)`` with ``F F^T`` the covariance, by a symmetric eigendecomposition, done once.
+
+        Directions whose variance is rounding (numpy's rank tolerance) are left out: the square root would lift an
+        error of 1e-16 to 1e-8, once for each missing row when there are fewer rows than features.
+        """
+        variances, directions = np.linalg.eigh(self.covariance)
+        kept = variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
+        return directions[:, kept] * np.sqrt(variances[kept])
 
     def merged(self, other: "Moments") -> "Moments":
         """The moments of both sets of rows together (the pairwise update of Chan, Golub & LeVeque 1983).

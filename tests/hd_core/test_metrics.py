@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float64
 
-from hd_core.metrics.frechet import covariance_factor, frechet_distance, trace_of_root_product
+from hd_core.metrics.estimate import Estimate
+from hd_core.metrics.frechet import frechet_distance, frechet_estimate, influences
+from hd_core.metrics.inception_score import inception_score
 from hd_core.metrics.kernel import kernel_distance
 from hd_core.metrics.prdc import PrecisionRecall, precision_recall
 from hd_core.metrics.statistics import Moments, merge_in_order
@@ -110,7 +113,6 @@ class TestFrechet:
         a, b = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[5.0, -2.0], [-2.0, 1.0]])
         root = np.sqrt(np.trace(a @ b) + 2.0 * np.sqrt(np.linalg.det(a @ b)))
         assert not np.allclose(a @ b, b @ a)
-        assert trace_of_root_product(a, b) == pytest.approx(root, rel=1e-13)
         distance = frechet_distance(moments_with(np.zeros(2), a), moments_with(np.ones(2), b))
         assert distance == pytest.approx(2.0 + 5.0 + 6.0 - 2.0 * root, rel=1e-12)
 
@@ -143,7 +145,7 @@ class TestFrechet:
         root = np.linalg.svd(centred, compute_uv=False).sum()
         shift = float(np.sum((x.mean(0) - y.mean(0)) ** 2))
         expected = shift + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * root
-        assert covariance_factor(a.covariance).shape == (40, 8)
+        assert a.factor.shape == (40, 8)
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
     def test_constant_features_leave_the_distance_of_the_means(self):
@@ -174,25 +176,27 @@ class TestKernel:
     def test_longhand(self, block_rows: int):
         x, y = normal(0, 13, 5), 1.3 * normal(1, 21, 5) + 0.4
         expected = kernel_distance_longhand(x, y)
-        assert kernel_distance(x, y, block_rows=block_rows) == pytest.approx(expected, rel=1e-12)
-        assert kernel_distance(y, x, block_rows=block_rows) == pytest.approx(expected, rel=1e-12)
+        assert kernel_distance(x, y, block_rows=block_rows).value == pytest.approx(expected, rel=1e-12)
+        assert kernel_distance(y, x, block_rows=block_rows).value == pytest.approx(expected, rel=1e-12)
 
     def test_point_masses(self):
         """One dimension, all of ``x`` at 1 and of ``y`` at 2: ``2^3 + 5^3 - 2 * 3^3``."""
-        assert kernel_distance(np.ones((3, 1)), np.full((5, 1), 2.0)) == pytest.approx(8.0 + 125.0 - 54.0, rel=1e-14)
+        assert kernel_distance(np.ones((3, 1)), np.full((5, 1), 2.0)).value == pytest.approx(
+            8.0 + 125.0 - 54.0, rel=1e-14
+        )
 
     def test_a_shift_in_one_dimension_has_the_closed_form(self):
         """Moments of a Gaussian: the kernel expands to ``sum_p C(3, p) (E x^p - E y^p)^2`` in one dimension."""
         x, y = normal(0, 3000, 1), normal(1, 3000, 1) + 1.0
         expected = 3 * (1.0) ** 2 + 3 * (2.0 - 1.0) ** 2 + (4.0 - 0.0) ** 2
-        assert kernel_distance(x, y) == pytest.approx(expected, rel=0.15)
+        assert kernel_distance(x, y).value == pytest.approx(expected, rel=0.15)
 
     def test_unbiased_under_the_null(self):
         """The mean over 400 small draws is within four standard errors of zero, and draws fall on both sides.
 
         The biased estimate would be off by about ``2 (E k(x, x) - E k(x, y)) / n``: many standard errors.
         """
-        draws = [kernel_distance(normal(2 * seed, 12, 4), normal(2 * seed + 1, 12, 4)) for seed in range(400)]
+        draws = [kernel_distance(normal(2 * seed, 12, 4), normal(2 * seed + 1, 12, 4)).value for seed in range(400)]
         error = float(np.std(draws, ddof=1)) / np.sqrt(len(draws))
         assert abs(float(np.mean(draws))) < 4.0 * error
         assert error < 0.05
@@ -211,7 +215,7 @@ class TestKernel:
             kernel_distance(normal(0, 5, 3), np.full((5, 3), np.nan))
 
 
-def precision_recall_longhand(x: Rows, y: Rows, neighbours: int) -> PrecisionRecall:
+def precision_recall_longhand(x: Rows, y: Rows, neighbours: int) -> list[float]:
     def squared(a: Float64[np.ndarray, " d"], b: Float64[np.ndarray, " d"]) -> float:
         return float(np.sum((a - b) ** 2))
 
@@ -221,16 +225,18 @@ def precision_recall_longhand(x: Rows, y: Rows, neighbours: int) -> PrecisionRec
 
     around_x = [[squared(a, b) <= radius for b in y] for a, radius in zip(x, radii(x), strict=True)]
     around_y = [[squared(a, b) <= radius for b in x] for a, radius in zip(y, radii(y), strict=True)]
-    return PrecisionRecall(
-        precision=sum(any(ball[j] for ball in around_x) for j in range(len(y))) / len(y),
-        recall=sum(any(ball[i] for ball in around_y) for i in range(len(x))) / len(x),
-        density=sum(map(sum, around_x)) / (neighbours * len(y)),
-        coverage=sum(map(any, around_x)) / len(x),
-    )
+    return [
+        sum(any(ball[j] for ball in around_x) for j in range(len(y))) / len(y),
+        sum(any(ball[i] for ball in around_y) for i in range(len(x))) / len(x),
+        sum(map(sum, around_x)) / (neighbours * len(y)),
+        sum(map(any, around_x)) / len(x),
+    ]
 
 
 def values(result: PrecisionRecall) -> list[float]:
-    return [result.precision, result.recall, result.density, result.coverage]
+    found = [result.precision, result.recall, result.density, result.coverage]
+    assert all(one.low <= one.value <= one.high for one in found)
+    return [one.value for one in found]
 
 
 class TestPrecisionRecall:
@@ -238,7 +244,7 @@ class TestPrecisionRecall:
     @pytest.mark.parametrize("neighbours", [1, 3, 5])
     def test_longhand(self, neighbours: int, block_rows: int):
         x, y = normal(0, 30, 3), 0.8 * normal(1, 41, 3) + [0.7, 0.0, 0.0]
-        expected = values(precision_recall_longhand(x, y, neighbours))
+        expected = precision_recall_longhand(x, y, neighbours)
         result = precision_recall(x, y, neighbours=neighbours, block_rows=block_rows)
         assert values(result) == pytest.approx(expected, rel=1e-14)
         assert len({*expected}) == 4
@@ -254,7 +260,7 @@ class TestPrecisionRecall:
         points = normal(0, 50, 16)
         x, y = np.repeat(points, 3, axis=0), np.concatenate([points[:25], points[:25], points[:12] + 0.1])
         for neighbours in (1, 3):
-            expected = values(precision_recall_longhand(x, y, neighbours))
+            expected = precision_recall_longhand(x, y, neighbours)
             assert values(precision_recall(x, y, neighbours=neighbours, block_rows=block_rows)) == expected
 
     def test_far_from_the_origin_nothing_changes(self):
@@ -266,26 +272,26 @@ class TestPrecisionRecall:
     def test_one_set_against_itself(self):
         x = normal(0, 50, 4)
         result = precision_recall(x, x, neighbours=3)
-        assert (result.precision, result.recall, result.coverage) == (1.0, 1.0, 1.0)
-        assert result.density == pytest.approx((3 + 1) / 3)
+        assert values(result)[:2] == [1.0, 1.0] and result.coverage.value == 1.0
+        assert result.density.value == pytest.approx((3 + 1) / 3)
 
     def test_a_dropped_mode_lowers_recall_and_coverage_only(self):
         x = np.concatenate([normal(0, 200, 2), normal(1, 200, 2) + 50.0])
         y = normal(2, 400, 2)
         result = precision_recall(x, y)
-        assert result.precision > 0.9
-        assert 0.4 < result.recall <= 0.5
-        assert 0.4 < result.coverage <= 0.5
-        assert result.density == pytest.approx(1.0, abs=0.3)
+        assert result.precision.value > 0.9
+        assert 0.4 < result.recall.value <= 0.5
+        assert 0.4 < result.coverage.value <= 0.5
+        assert result.density.value == pytest.approx(1.0, abs=0.3)
 
     def test_noise_lowers_precision_and_density_only(self):
         x = normal(0, 400, 2)
         y = np.concatenate([normal(1, 300, 2), normal(2, 100, 2) + 1e3 * np.arange(1, 101)[:, None]])
         result = precision_recall(x, y)
-        assert 0.65 < result.precision <= 0.75
-        assert result.recall > 0.9
-        assert result.coverage > 0.9
-        assert result.density == pytest.approx(0.75, abs=0.2)
+        assert 0.65 < result.precision.value <= 0.75
+        assert result.recall.value > 0.9
+        assert result.coverage.value > 0.9
+        assert result.density.value == pytest.approx(0.75, abs=0.2)
 
     def test_disjoint_sets(self):
         assert values(precision_recall(normal(0, 20, 3), normal(1, 30, 3) + 100.0)) == [0.0] * 4
@@ -296,6 +302,78 @@ class TestPrecisionRecall:
                 precision_recall(normal(0, 9, 3), normal(1, 5, 3), neighbours=neighbours)
         with pytest.raises(ValueError, match="width 3 and of width 4"):
             precision_recall(normal(0, 9, 3), normal(0, 9, 4))
+
+
+class TestInceptionScore:
+    def test_longhand(self):
+        logits = 2.0 * normal(0, 40, 5)
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        divergences = [sum(q * np.log(q / m) for q, m in zip(row, p.mean(0), strict=True)) for row in p]
+        assert inception_score(logits).value == pytest.approx(np.exp(np.mean(divergences)), rel=1e-12)
+
+    def test_its_bounds_are_one_and_the_number_of_classes(self):
+        same, each = np.zeros((12, 4)), 50.0 * np.eye(4).repeat(3, axis=0)
+        assert inception_score(same).value == pytest.approx(1.0) and inception_score(each).value == pytest.approx(4.0)
+
+    def test_one_row_has_no_score(self):
+        with pytest.raises(ValueError, match="at least 2 rows, got 1"):
+            inception_score(np.zeros((1, 4)))
+
+
+REFERENCE = normal(0, 400, 4) @ rotation(1, 4) * [1.0, 2.0, 0.5, 1.0]
+
+
+def drawn(seed: int, rows: int = 300) -> Rows:
+    """What a generator makes that is off in mean, scale and shape."""
+    rows_of = normal(100 + seed, rows, 4)
+    return 1.3 * rows_of + 0.2 * rows_of**2 + [0.5, 0.0, -0.2, 0.0]
+
+
+ESTIMATES: dict[str, Callable[[int], Estimate]] = {
+    "frechet": lambda seed: frechet_estimate(drawn(seed), Moments.of(REFERENCE)),
+    "kernel": lambda seed: kernel_distance(REFERENCE, drawn(seed)),
+    "inception score": lambda seed: inception_score(drawn(seed)),
+    "precision": lambda seed: precision_recall(REFERENCE, drawn(seed)).precision,
+    "density": lambda seed: precision_recall(REFERENCE, drawn(seed)).density,
+    "recall": lambda seed: precision_recall(REFERENCE, drawn(seed)).recall,
+    "coverage": lambda seed: precision_recall(REFERENCE, drawn(seed)).coverage,
+}
+
+
+class TestEstimates:
+    @pytest.mark.parametrize("name", ESTIMATES)
+    def test_an_interval_holds_the_mean_over_draws_as_often_as_it_says(self, name: str):
+        """Of 300 intervals of level 0.95 between 0.90 and 0.99 hold it, which is four deviations to either side."""
+        found = [ESTIMATES[name](seed) for seed in range(300)]
+        mean = np.mean([one.value for one in found])
+        held = np.mean([one.low <= mean <= one.high for one in found])
+        assert 0.90 < held < 0.99
+
+    def test_influences_are_the_derivative_in_the_weight_of_a_row(self):
+        rows, reference = drawn(0, 60), Moments.of(REFERENCE)
+        moments = Moments.of(rows)
+        mean, covariance = moments.mean, moments.covariance
+
+        def weighted(row: Float64[np.ndarray, " d"], weight: float) -> float:
+            z = row - mean
+            mixed = (1 - weight) * covariance + weight * (1 - weight) * np.outer(z, z)
+            return frechet_distance(moments_with(mean + weight * z, mixed), reference)
+
+        slopes = np.array([(weighted(row, 1e-5) - weighted(row, -1e-5)) / 2e-5 for row in rows[:8]])
+        _, roots, right = np.linalg.svd(moments.factor.T @ reference.factor)
+        found = influences(rows, moments, reference, right.T / np.sqrt(roots))[:8]
+        assert np.diff(found) == pytest.approx(np.diff(slopes), rel=1e-5)
+
+    def test_its_value_is_the_distance_with_more_and_with_fewer_rows_than_features(self):
+        for rows in (5, 50):
+            x, reference = normal(0, rows, 12), Moments.of(1.2 * normal(1, 80, 12))
+            found = frechet_estimate(x, reference)
+            assert found.value == pytest.approx(frechet_distance(Moments.of(x), reference), rel=1e-12)
+            assert found.low < found.value < found.high
+
+    def test_a_share_of_all_or_none_has_an_interval_too(self):
+        assert Estimate.share(0, 50).low == 0.0 and 0.05 < Estimate.share(0, 50).high < 0.1
+        assert Estimate.share(50, 50).high == 1.0 and 0.9 < Estimate.share(50, 50).low < 0.95
 
 
 @pytest.fixture
@@ -316,4 +394,4 @@ class TestCleanFid:
         """One subset as large as the sets: its drawing is a permutation and its estimate ours."""
         x, y = normal(0, 80, 16), 1.2 * normal(1, 80, 16) + 0.5
         expected = clean_fid.kernel_distance(x, y, num_subsets=1, max_subset_size=80)
-        assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-10)
+        assert kernel_distance(x, y).value == pytest.approx(expected, rel=1e-10)

@@ -14,7 +14,7 @@ from hd_core.types import Condition
 from pipelines.artifacts import read_json, write_json
 from pipelines.data import load_images, to_uint8
 from pipelines.evaluate import EvaluateConfig, Evaluator, Generator, evaluation_seed, make_sampler, operations
-from pipelines.feature_shards import FeatureMaker
+from pipelines.feature_shards import Draw, FeatureJob, FeatureMaker
 from pipelines.feature_training import FeatureTraining, make_feature_net
 from pipelines.features import FeatureNet, FeatureNetConfig, save_feature_net
 from pipelines.recipe import override
@@ -43,15 +43,14 @@ def generator_of(job: Run, key: str) -> Generator:
 
 def maker_of(job: Run, generator: Generator, evaluator: Evaluator | None = None) -> FeatureMaker:
     evaluator = evaluator or job.evaluator()
-    return FeatureMaker(
-        shards=evaluator.shards(generator),
-        teacher=job.teacher,
-        extractors=[job.extractor],
-        generator=generator,
-        seed=evaluator.seed,
-        labels=evaluator.labels(range(200)).numpy(),
-        pictures=16,
-    )
+    draw = Draw(seed=evaluator.seed, labels=evaluator.labels(range(200)).numpy(), pictures=16)
+    asked = FeatureJob(generator=generator, shards=evaluator.shards(generator))
+    return FeatureMaker(asked, draw, job.teacher, [job.extractor])
+
+
+def measured(evaluator: Evaluator, generator: Generator, told: list[int] | None = None) -> Row:
+    (row,) = evaluator.measure([generator], [].append if told is None else told.append)
+    return row
 
 
 # Sampling
@@ -113,7 +112,7 @@ def test_the_reference_is_the_held_out_images(job: Run):
 @pytest.mark.parametrize("batch_size", [200, 77, 1])
 def test_metrics_do_not_depend_on_the_blocks(job: Run, tmp_path: Path, batch_size: int):
     generator = generator_of(job, "sfd_2-flow_map-2")
-    found = evaluator_of(job, tmp_path, batch_size=batch_size).measure(generator)
+    found = measured(evaluator_of(job, tmp_path, batch_size=batch_size), generator)
     row = Row(**read_json(job.dir.evaluation / f"{generator.key}.json")["row"])
     pictures = [np.load(folder / found.samples)["images"] for folder in (tmp_path, job.dir.evaluation)]
     assert np.array_equal(*pictures)
@@ -124,7 +123,7 @@ def test_metrics_do_not_depend_on_the_blocks(job: Run, tmp_path: Path, batch_siz
 def test_a_row_says_what_was_measured(job: Run, tmp_path: Path):
     told: list[int] = []
     generator = generator_of(job, "refine-flow_map-1")
-    row = evaluator_of(job, tmp_path).measure(generator, told.append)
+    row = measured(evaluator_of(job, tmp_path), generator, told)
     assert told == [100, 100]
     assert (row.generator, row.stage, row.solver, row.nfe) == ("hd", "refine", "flow_map", 1)
     assert (row.num_samples, row.fid_features, row.samples) == (200, "digits", "refine-flow_map-1.npz")
@@ -134,7 +133,7 @@ def test_a_row_says_what_was_measured(job: Run, tmp_path: Path):
 
 
 def test_a_longer_evaluation_keeps_no_more_pictures_than_asked_for(job: Run, tmp_path: Path):
-    row = evaluator_of(job, tmp_path, pictures=130).measure(generator_of(job, "teacher-euler-1"))
+    row = measured(evaluator_of(job, tmp_path, pictures=130), generator_of(job, "teacher-euler-1"))
     assert len(np.load(tmp_path / row.samples)["images"]) == 130
 
 
@@ -146,7 +145,7 @@ def features_of(evaluator: Evaluator, generator: Generator, monkeypatch: pytest.
     kept: list[Shard] = []
     with monkeypatch.context() as patch:
         patch.setattr(ShardSet, "commit", lambda shards, shard: (kept.append(shard), commit(shards, shard)))
-        evaluator.measure(generator)
+        measured(evaluator, generator)
     return sorted(kept, key=lambda shard: shard.index)
 
 
@@ -175,7 +174,7 @@ def test_actors_measure_the_same_to_the_last_bit(
 @pytest.mark.ray
 def test_two_actors_and_other_blocks_measure_the_same_to_rounding(ray_cluster: None, job: Run, tmp_path: Path) -> None:
     generator = generator_of(job, "teacher-dpmpp_3m-2")
-    found = evaluator_of(job, tmp_path, batch_size=77, num_actors=2).measure(generator)
+    found = measured(evaluator_of(job, tmp_path, batch_size=77, num_actors=2), generator)
     row = Row(**read_json(job.dir.evaluation / f"{generator.key}.json")["row"])
     assert found.fid == pytest.approx(row.fid, rel=1e-6)
     assert (found.precision, found.recall, found.num_samples) == (row.precision, row.recall, 200)
@@ -201,11 +200,11 @@ def test_a_killed_measurement_goes_on_where_it_was(job: Run, tmp_path: Path, mon
     monkeypatch.setattr(FeatureMaker, "shard", spying)
     evaluator = evaluator_of(job, tmp_path / "killed", batch_size=60)
     with pytest.raises(Died):
-        evaluator.measure(generator)
+        measured(evaluator, generator)
     assert evaluator.finished(generator) is None
-    row = evaluator.measure(generator, told.append)
+    row = measured(evaluator, generator, told)
     assert sampled == [0, 1, -1, 2, 3] and told == [120, 60, 20]
-    whole = evaluator_of(job, tmp_path / "whole", batch_size=60).measure(generator)
+    whole = measured(evaluator_of(job, tmp_path / "whole", batch_size=60), generator)
     assert replace(row, images_per_second=1) == replace(whole, images_per_second=1)
     pictures = [np.load(tmp_path / kind / row.samples)["images"] for kind in ("killed", "whole")]
     assert np.array_equal(*pictures)
@@ -220,7 +219,7 @@ def test_blocks_of_another_size_or_of_other_weights_are_not_gone_on_with(job: Ru
     assert not begun.shards(replace(generator, identity="retrained")).shards
     other = evaluator_of(job, tmp_path, batch_size=50)
     assert not other.shards(generator).shards
-    other.measure(generator)
+    measured(other, generator)
     assert {path.name for path in tmp_path.iterdir()} == {f"{generator.key}.json", f"{generator.key}.npz"}
 
 
@@ -231,7 +230,7 @@ def test_the_rate_is_known_where_every_block_was_adopted(job: Run, tmp_path: Pat
     for index in range(2):
         maker.shard(index)
     assert [shard.seconds for shard in evaluator.shards(generator).shards] == [0, 0]
-    assert 0 < evaluator.measure(generator).images_per_second < 1e6
+    assert 0 < measured(evaluator, generator).images_per_second < 1e6
 
 
 # A second feature net
@@ -251,7 +250,7 @@ def judged(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_second_fid_is_that_of_the_same_samples_under_the_second_net(job: Run, judged: Run, tmp_path: Path):
     generator, extractor = generator_of(job, "teacher-euler-2"), judged.second_extractor
     assert extractor is not None and extractor.name == "bars"
-    row = evaluator_of(judged, tmp_path, pictures=200, batch_size=77).measure(generator)
+    row = measured(evaluator_of(judged, tmp_path, pictures=200, batch_size=77), generator)
     images, held_out = np.load(tmp_path / row.samples)["images"], judged.splits.reference.images
     assert row.second_features == "bars"
     assert row.second_fid == pytest.approx(longhand_fid(extractor(images), extractor(held_out)), rel=1e-3)
@@ -262,7 +261,7 @@ def test_the_second_fid_is_that_of_the_same_samples_under_the_second_net(job: Ru
 
 
 def test_the_report_says_what_real_images_get_under_the_second_net(job: Run, judged: Run, tmp_path: Path):
-    row = evaluator_of(judged, tmp_path).measure(generator_of(job, "teacher-euler-1"))
+    row = measured(evaluator_of(judged, tmp_path), generator_of(job, "teacher-euler-1"))
     judged.report([row])
     about, extractor = read_report(judged.dir.path / "report.json"), judged.second_extractor
     assert extractor is not None
@@ -388,7 +387,7 @@ def test_all_that_makes_a_generator_is_among_its_inputs(job: Run):
         ({"num_actors": (2, 1)}, "num_actors must not be negative; of two, the first must be at least 1 and not above"),
         ({"cpus_per_actor": 0.0}, "cpus_per_actor must be positive"),
         ({"second_features": "nets/digits"}, "second_features one of another name; given 'digits' and 'nets/digits'"),
-        ({"num_samples": 5}, "neighbours must be below num_samples; given 5 and 5"),
+        ({"num_samples": 5}, "neighbours must be below num_samples and pairs; given 5, 5 and 10000"),
         ({"solvers": {"rk4": (1,)}}, "solvers: 'rk4' is not one of euler, "),
         ({"solvers": {"euler": ()}}, "solvers.euler: step counts must be at least 1"),
         ({"solvers": {"euler": (1, 1)}}, "solvers.euler: each step count once"),

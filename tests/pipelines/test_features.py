@@ -1,5 +1,6 @@
 """Features are clean-fid's own: the same numbers as its path over PNG files, for every size and colour."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from pipelines.torchvision_ops import declare_missing_operators
 declare_missing_operators()
 
 from cleanfid import fid as cleanfid  # noqa: E402
+from cleanfid.inception_torchscript import InceptionV3W  # noqa: E402
 from cleanfid.resize import make_resizer  # noqa: E402
 
 from hd_core.metrics.frechet import frechet_distance  # noqa: E402
 from hd_core.metrics.statistics import Moments  # noqa: E402
+from pipelines.artifacts import file_hash  # noqa: E402
 from pipelines.data import DataConfig, load_images  # noqa: E402
-from pipelines.features import DigitsFeatureNet, Extractor, load_extractor  # noqa: E402
+from pipelines.extractor import Extractor  # noqa: E402
+from pipelines.features import DigitsFeatureNet, load_extractor  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -115,28 +119,80 @@ def test_an_extractor_names_itself_and_its_weights(extractor: Extractor):
 # Inception
 
 
-@pytest.mark.parametrize("error", [OSError("Name or service not known\nand more"), RuntimeError("corrupt archive")])
-def test_missing_inception_weights_are_explained_in_a_line(monkeypatch: pytest.MonkeyPatch, error: Exception):
-    def away(*_: object, **__: object) -> None:
-        raise error
+# Inception
 
-    monkeypatch.setattr("cleanfid.features.build_feature_extractor", away)
+
+class StandIn(torch.nn.Module):
+    """What TorchScript of NVIDIA's Inception offers, with layers that cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pooled = [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 2048), torch.nn.Tanh()]
+        self.layers, self.output = torch.nn.Sequential(*pooled), torch.nn.Linear(2048, 1008)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.layers(x))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "inception-2015-12-05.pt"
+    torch.jit.save(torch.jit.script(StandIn()), path)
+    return path
+
+
+def test_inception_of_a_file_is_clean_fids_over_png_files(weights: Path, tmp_path: Path):
+    images = pictures(5, 32, 3)
+    folder = write_pngs(tmp_path / "png", images)
+    net = InceptionV3W(str(weights.parent), download=False)
+    theirs = cleanfid.get_folder_features(str(folder), net, num_workers=0, batch_size=5, device=torch.device("cpu"))
+    inception = load_extractor(str(weights))
+    assert inception.name == "inception" and inception.fingerprint == file_hash(weights)
+    assert np.array_equal(inception(images), theirs) and theirs.std() > 0.01
+    assert inception.logits is not None
+    wanted = theirs @ torch.jit.load(weights).output.weight.detach().numpy().T
+    assert np.allclose(inception.logits(torch.tensor(theirs)).numpy(), wanted, atol=1e-5)
+
+
+def test_inception_is_fetched_once_and_appears_whole(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fetched: list[str] = []
+
+    def fetch(folder: str) -> str:
+        fetched.append(folder)
+        return str(shutil.copy(weights, folder))
+
+    monkeypatch.setattr("cleanfid.downloads_helper.check_download_inception", fetch)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert [load_extractor("inception").fingerprint for _ in range(2)] == [file_hash(weights)] * 2
+    assert len(fetched) == 1 and [path.name for path in tmp_path.iterdir()] == [weights.name]
+
+
+def test_missing_inception_weights_are_explained_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def away(_: str) -> None:
+        raise OSError("Name or service not known\nand more")
+
+    monkeypatch.setattr("cleanfid.downloads_helper.check_download_inception", away)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ValueError, match="clean-fid's Inception weights are not on this machine") as raised:
         load_extractor("inception")
     said = str(raised.value)
-    assert str(error).splitlines()[0] in said and "evaluate.features" in said and len(said.splitlines()) == 1
+    assert "Name or service not known" in said and "evaluate.features" in said and len(said.splitlines()) == 1
+    assert str(tmp_path / "inception-2015-12-05.pt") in said and not list(tmp_path.iterdir())
 
 
-def test_inception_takes_clean_fids_size_and_resize(monkeypatch: pytest.MonkeyPatch):
-    seen: list[torch.Tensor] = []
+def test_files_that_are_no_inception_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"a file called inception-2015-12-05.pt; there is none at .*/other.pt"):
+        load_extractor(str(tmp_path / "other.pt"))
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"no zip archive")
+    with pytest.raises(ValueError, match=r"inception-2015-12-05\.pt is damaged") as raised:
+        load_extractor(str(tmp_path / "inception-2015-12-05.pt"))
+    assert len(str(raised.value).splitlines()) == 1
 
-    def model(batch: torch.Tensor) -> torch.Tensor:
-        seen.append(batch)
-        return torch.zeros(len(batch), 2048)
 
-    monkeypatch.setattr("cleanfid.features.build_feature_extractor", lambda mode, *_, **__: model)
-    inception = load_extractor("inception")
-    images = pictures(2, 32, 3)
-    assert inception.name == "inception" and inception(images).shape == (2, 2048)
-    wanted = np.stack([make_resizer("PIL", False, "bicubic", (299, 299))(image) for image in images])
-    assert torch.equal(seen[0], torch.from_numpy(wanted).permute(0, 3, 1, 2))
+def test_logits_are_the_last_layer_of_the_net(extractor: Extractor):
+    images = load_images(DataConfig()).reference.images[:200]
+    labels = load_images(DataConfig()).reference.labels[:200]
+    assert extractor.logits is not None
+    guessed = extractor.logits(torch.tensor(extractor(images))).argmax(1).numpy()
+    assert (guessed == labels).mean() > 0.95

@@ -48,6 +48,7 @@ FREE = {
     "evaluate.gpus_per_actor",
     "evaluate.step_counts",
     "evaluate.guidance_scales",
+    "evaluate.peers",
     *(f"stages.{stage}.{name}" for stage in DIGITS.stages for name in ("label", "log_every", "checkpoint_every")),
     *(f"stages.{stage}.probe.{name}" for stage in DIGITS.stages for name in ("beside", "cpus", "gpus")),
     *(f"evaluate.solvers.{solver}" for solver in DIGITS.evaluate.solvers),
@@ -72,6 +73,8 @@ WORDS: dict[str, dict[str, Any] | None] = {
     "evaluate.grid.kind": {"evaluate.grid.kind": "polynomial", "evaluate.grid.t_max": 0.9},
     "evaluate.grid.t_max": {"evaluate.grid.t_max": 0.9},
     "evaluate.step_counts": {"evaluate.step_counts": [7]},
+    "evaluate.pairs": {"evaluate.pairs": 9000},
+    "evaluate.peers": {"evaluate.peers": {"theirs": {"path": "/pictures", "calls": 1}}},
     "evaluate.grid.knots": None,  # two stretches have no grid of one step
     "track.uri": {"track.uri": "sqlite:///other.db"},
 }
@@ -291,7 +294,7 @@ def test_chain_and_needs(tmp_path: Path):
         ("evaluate.solvers.euler=[0]", "solvers.euler: step counts must be at least 1; given [0]"),
         ("evaluate.solvers.euler=[2, 2]", "solvers.euler: each step count once; given [2, 2]"),
         ("evaluate.solvers={eular: [1]}", "'eular' is not one of euler,"),
-        ("evaluate.neighbours=5000", "neighbours must be below num_samples; given 5000 and 5000"),
+        ("evaluate.neighbours=5000", "neighbours must be below num_samples and pairs; given 5000, 5000 and 10000"),
         ("stages=3", "stages: must be a mapping; given 3"),
         ("stages.sketch=", "stages.sketch: must be a mapping; given nothing"),
         ("stages.sketch.num_steps=0", "stages.sketch: num_steps must be at least 1; given 0"),

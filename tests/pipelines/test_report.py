@@ -27,6 +27,10 @@ FIDS = {
     ("sfd", "sfd", "flow_map"): {2: 9.3, 4: 4.2},
 }
 REFERENCE = {"real_fid": 2.4, "halves_fid": 4.4, "num_reference": 360, "fid_features": "digits"}
+PROVENANCE = {"source": "held-out images", "features_sha256": "ab", "feature_width": 32, "resize": "none"} | {
+    "data_sha256": "cd",
+    "caution": "",
+}
 SECOND = {"second_real_fid": 0.31, "second_halves_fid": 0.52, "second_features": "denoise_8"}
 
 
@@ -62,7 +66,23 @@ def make_report(**changes: object) -> Report:
 def make_second_report() -> Report:
     """With a second feature net, under which the order is another."""
     rows = [dataclasses.replace(row, second_fid=100 / row.fid, second_features="denoise_8") for row in make_rows()]
-    return make_report(rows=rows, reference=REFERENCE | SECOND)
+    return make_report(rows=rows, reference=REFERENCE | SECOND | PROVENANCE)
+
+
+def make_measured_report(**reference: object) -> Report:
+    """With every metric and its interval."""
+    intervals = {"fid": [-0.5, 0.7], "kid": [-0.01, 0.02], "recall": [0.8, 0.9]}
+    metrics = {"kid": 0.005, "density": 0.93, "coverage": 0.88, "inception_score": 9.4, "clip_score": 31.0}
+    rows = [
+        dataclasses.replace(
+            row,
+            **metrics,  # pyright: ignore[reportArgumentType]
+            fid_infinity=row.fid - 0.4,
+            intervals={**intervals, "fid": [row.fid - 0.5, row.fid + 0.7]},
+        )
+        for row in make_rows()
+    ]
+    return make_report(rows=rows, reference=REFERENCE | PROVENANCE | reference)
 
 
 def make_samples(side: int = 8, channels: int = 1, count: int = 100) -> tuple[np.ndarray, np.ndarray]:
@@ -136,15 +156,42 @@ def test_json_has_exactly_the_documented_keys(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "report.json").read_text())
     tables = [set(re.findall(r"^\| `(\w+)` \|", part, re.M)) for part in DOCS.read_text().split("\n| key |")[1:]]
     assert [set(record), set(record["rows"][0]), set(record["phases"][0]), set(record["reference"])] == tables
-    assert record["schema_version"] == 3 == report.SCHEMA_VERSION
+    assert record["schema_version"] == 4 == report.SCHEMA_VERSION
     assert record["rows"][0]["fid"] == 251.25 and record["rows"][0]["second_fid"] == 100 / 251.25
 
 
 def test_documented_types_are_those_of_the_fields() -> None:
     names = {"string": str, "integer": int, "number": float, "boolean": bool, "number or null": float | None}
+    names["object"] = dict[str, list[float]]
     documented = dict(re.findall(rf"^\| `(\w+)` \| ({'|'.join(names)}) \|", DOCS.read_text(), re.M))
     for field in (*dataclasses.fields(Row), *dataclasses.fields(Phase)):
         assert names[documented[field.name]] == field.type, field.name
+
+
+def test_intervals_stand_in_the_table_and_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_measured_report(caution="too few samples")
+    write_report(made, tmp_path)
+    assert read_report(tmp_path / "report.json") == made
+    names = [column.name for column in report_columns.columns(made.rows)]
+    assert names[:5] == ["nfe", "fid", "fid_spread", "kid", "precision"]
+    assert set(report_columns.columns(made.rows)[2].texts) == {"0.60"}
+    print_table(made, Console(width=200))
+    assert "Mind: too few samples." in capsys.readouterr().out
+    text = read_page(tmp_path).text
+    assert (
+        "3.21 [2.71, 3.91]" in text and "0.005 [-0.01, 0.02]" in text and "FID∞" in text and "too few samples." in text
+    )
+    assert "published statistics" not in text
+
+
+def test_published_statistics_are_named_on_the_page(tmp_path: Path) -> None:
+    write_report(make_measured_report(source="cifar10/train/32"), tmp_path)
+    assert "FID alone is against the published statistics cifar10/train/32" in read_page(tmp_path).text
+
+
+def test_without_intervals_no_table_of_them_is_shown(tmp_path: Path) -> None:
+    write_report(make_report(), tmp_path)
+    assert "95%" not in read_page(tmp_path).text.replace("half the width of FID's 95% interval", "")
 
 
 def test_a_report_of_version_1_is_read_as_one_without_a_second_net(tmp_path: Path) -> None:
@@ -191,7 +238,7 @@ def test_non_finite_numbers_are_refused_before_anything_is_written(tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema_version"], 4, r"schema_version is 4; this hdistill reads 1, 2, 3"),
+        (["schema_version"], 5, r"schema_version is 5; this hdistill reads 1, 2, 3, 4"),
         (["schema_version"], None, r"schema_version is missing"),
         (["fingerprint"], None, r"fingerprint is missing"),
         (["rows"], {}, r"rows must be list"),

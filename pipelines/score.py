@@ -1,0 +1,153 @@
+"""Scores a folder of pictures against another, or against published statistics, as papers do."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+
+from hd_core.metrics.statistics import Moments
+from pipelines.extractor import Extractor
+from pipelines.features import load_extractor
+from pipelines.measures import Estimates, caution, fid_infinity, measured
+from pipelines.picture_files import PictureFiles, picture_features
+from pipelines.process import default_device
+from pipelines.production import Actors
+from pipelines.progress import bar
+from pipelines.published import load_statistics
+from pipelines.report_columns import MEASURES
+
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to score, and how."""
+
+    pictures: str
+    """A folder."""
+    reference: str
+    """A folder, an npz file of statistics, or a set that clean-fid publishes, as NAME/SPLIT/SIZE."""
+    features: str
+    """Feature net, as in `evaluate.features`."""
+    by_category: bool
+    """Whether each first folder below is scored by itself, too, against the reference's folder of the same name."""
+    neighbours: int
+    pairs: int
+    actors: Actors
+    cache: Path
+    """Where features are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """Features of a folder; of published statistics only the moments."""
+
+    moments: Moments
+    features: np.ndarray | None = None
+    categories: dict[str, np.ndarray] | None = None
+
+    def of(self, category: str) -> "_Side":
+        """A category alone."""
+        assert self.features is not None and self.categories is not None
+        features = self.features[self.categories[category]]
+        return replace(self, features=features, moments=Moments.of(features))
+
+
+def score(asked: Asked, console: Console) -> dict[str, Any]:
+    """Every metric of all pictures, and of each category where that is asked for, as plain values.
+
+    Raises:
+        ValueError: there are no pictures or no such reference, a picture is damaged, or categories do not match.
+    """
+    extractor = load_extractor(asked.features, default_device())
+    ours, theirs = _folder(asked.pictures, asked, extractor, console), _reference(asked, extractor, console)
+    return {
+        "pictures": asked.pictures,
+        "reference": asked.reference,
+        "features": extractor.name,
+        "features_sha256": extractor.fingerprint,
+        "resize": f"clean-fid PIL bicubic to {extractor.size}",
+        "neighbours": asked.neighbours,
+        "pairs": asked.pairs,
+        "caution": caution(ours.moments.count, ours.moments.width),
+        "rows": [
+            _row(name, one, other, asked, extractor) for name, one, other in _compared(ours, theirs, asked.by_category)
+        ],
+    }
+
+
+def _folder(folder: str, asked: Asked, extractor: Extractor, console: Console) -> _Side:
+    files = PictureFiles(str(Path(folder).expanduser().resolve()))
+    with bar(console, f"{extractor.name} features of {folder}", len(files)) as show:
+        features = picture_features(files, asked.features, extractor, asked.cache, asked.actors, show)
+    return _Side(moments=Moments.of(features), features=features, categories=files.categories)
+
+
+def _reference(asked: Asked, extractor: Extractor, console: Console) -> _Side:
+    if Path(asked.reference).expanduser().is_dir():
+        return _folder(asked.reference, asked, extractor, console)
+    return _Side(moments=load_statistics(asked.reference, extractor.name))
+
+
+def _compared(ours: _Side, theirs: _Side, by_category: bool) -> Iterator[tuple[str, _Side, _Side]]:
+    """What is compared with what: all with all, then each category with its own."""
+    yield ALL, ours, theirs
+    if by_category:
+        here, there = ours.categories or {}, theirs.categories or {}
+        if not here or here.keys() - there.keys():
+            raise ValueError(
+                "by category, both sides are folders of one folder for each category; of the pictures they are"
+                f" {', '.join(sorted(here)) or 'none'}, of the reference {', '.join(sorted(there)) or 'none'}"
+            )
+        for name in sorted(here):
+            yield name, ours.of(name), theirs.of(name)
+
+
+def _row(name: str, ours: _Side, theirs: _Side, asked: Asked, extractor: Extractor) -> dict[str, Any]:
+    assert ours.features is not None
+    rows = min(len(ours.features), asked.pairs, *([len(theirs.features)] if theirs.features is not None else []))
+    if rows <= asked.neighbours:
+        raise ValueError(f"{name} has {rows} pictures to compare: more than neighbours, {asked.neighbours}, are needed")
+    known = {"neighbours": asked.neighbours, "pairs": asked.pairs}
+    found: Estimates = measured(ours.features, extractor, theirs.moments, theirs.features, **known)
+    return {
+        "category": name,
+        "count": len(ours.features),
+        **{key: estimate.value for key, estimate in found.items()},
+        "fid_infinity": fid_infinity(ours.features, theirs.moments, found["fid"].value),
+        "intervals": {key: [estimate.low, estimate.high] for key, estimate in found.items()},
+    }
+
+
+def print_score(result: dict[str, Any], console: Console) -> None:
+    """A table of the rows, then what to mind."""
+    table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0), header_style="bold")
+    rows = result["rows"]
+    named = {name: key for name, key in MEASURES.items() if any(row.get(key) is not None for row in rows)}
+    for heading in ("pictures", "count", *named):
+        table.add_column(heading, justify="left" if heading == "pictures" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["category"], f"{row['count']:,}", *(_cell(row, key) for key in named.values()))
+    console.print(table)
+    for line in (f"Features: {result['features']}. In brackets: 95% intervals.", result["caution"]):
+        if line:
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    """A metric and its interval, on two lines."""
+    value, interval = row.get(key), row["intervals"].get(key)
+    if value is None:
+        return "-"
+    return f"{value:.4g}" + (f"\n[{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The result as a file's text."""
+    return json.dumps(result, indent=2, allow_nan=False) + "\n"
