@@ -6,13 +6,13 @@ stored at the fine grid's times serves every choice.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hd_core.types import Condition, Grid, Images, Velocity
+from hd_core.types import Condition, Grid, Images, PerSample, Velocity
 
 Places = list[int]
 Costs = Float[Tensor, "p p"]
@@ -25,8 +25,8 @@ def from_gaps(gaps: Sequence[float], points: int) -> Places:
     Raises:
         ValueError: there are more steps than the fine grid has.
     """
-    shares = torch.softmax(torch.tensor(gaps, dtype=torch.float64), 0)
-    return _between([(points - 1) * share for share in shares.cumsum(0)[:-1].tolist()], points)
+    shares: list[float] = torch.softmax(torch.tensor(gaps, dtype=torch.float64), 0).tolist()
+    return _between([(points - 1) * share for share in accumulate(shares[:-1])], points)
 
 
 def nearest(times: Sequence[float], stored: Grid) -> Places:
@@ -88,8 +88,13 @@ def euler_costs(velocity: Velocity, states: Sequence[Images], times: Grid, condi
         v = velocity(states[i], t, condition)
         for j in range(i + 1, len(times)):
             landed = states[i] + (times[j] - times[i]).item() * v
-            costs[i, j] = (landed - states[j]).flatten(1).norm(dim=1).mean().double().cpu()
+            costs[i, j] = _lengths(landed - states[j]).mean().item()
     return costs
+
+
+def _lengths(x: Images) -> PerSample:
+    """Euclidean length of each row."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 def gits(costs: Costs, steps: int, gamma: float = 1.15) -> Places:
@@ -164,7 +169,7 @@ def _one_step(
     for j in ends:
         before = [i for i in sampler if i < j]
         landed = torch.stack([sampler[i] + (times[j] - times[i]).item() * moving[i] for i in before])
-        best = (landed - states[j]).flatten(2).norm(dim=2).argmin(dim=0)
+        best = torch.stack([_lengths(one - states[j]) for one in landed]).argmin(dim=0)
         reached[j] = landed[best, torch.arange(rows, device=device)]
         origins[j] = torch.tensor(before)[best.cpu()]
     return reached, origins
