@@ -25,7 +25,8 @@ def from_gaps(gaps: Sequence[float], points: int) -> Places:
     Raises:
         ValueError: there are more steps than the fine grid has.
     """
-    shares: list[float] = torch.softmax(torch.tensor(gaps, dtype=torch.float64), 0).tolist()
+    weights = [math.exp(gap - max(gaps)) for gap in gaps]
+    shares = [weight / sum(weights) for weight in weights]
     return _between([(points - 1) * share for share in accumulate(shares[:-1])], points)
 
 
@@ -94,7 +95,7 @@ def euler_costs(velocity: Velocity, states: Sequence[Images], times: Grid, condi
 
 def _lengths(x: Images) -> PerSample:
     """Euclidean length of each row."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return x.flatten(1).square().sum(1).sqrt()
 
 
 def gits(costs: Costs, steps: int, gamma: float = 1.15) -> Places:
