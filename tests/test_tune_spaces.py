@@ -1,0 +1,137 @@
+"""Every draw of every space is an allowed recipe; schedules are stored times; baselines are what they are called."""
+
+import math
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from hd_core.times import positions
+from pipelines.recipe import Recipe, load, override
+from tune_spaces import SPACES, sfd_schedule
+from tune_spaces.space import Choice, Integer, Uniform
+
+DIGITS = load("digits")
+MEANFLOW = load("digits", ["stages.sketch.objective={name: meanflow}"])
+CASES: dict[str, tuple[Recipe, str]] = {
+    "awd_weighting": (DIGITS, "refine"),
+    "dmd_balance": (DIGITS, "refine"),
+    "meanflow_sampler": (MEANFLOW, "sketch"),
+    "sfd_schedule": (DIGITS, "sfd_2"),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_draw_is_an_allowed_recipe(name: str):
+    recipe, stage = CASES[name]
+    space = SPACES[name](recipe.to_dict(), "")
+    assert space.stage == stage
+    seen = {override(recipe, space.overrides(space.draw(str(seed)))).fingerprint for seed in range(40)}
+    assert len(seen) > 30
+    for values in space.baselines.values():
+        override(recipe, space.overrides(values))
+    assert space.draw("one") == space.draw("one") != space.draw("two")
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_parameter_changes_the_recipe(name: str):
+    recipe, _ = CASES[name]
+    space = SPACES[name](recipe.to_dict(), "")
+    for parameter, distribution in space.parameters.items():
+        values = space.draw("base") | ({"afs": True} if name == "sfd_schedule" else {})
+        found: set[str] = set()
+        for chance in range(12):
+            changed = {**values, parameter: distribution.draw(Random(chance))}
+            found.add(override(recipe, space.overrides(changed)).fingerprint)
+        assert len(found) > 1, parameter
+
+
+def test_only_what_is_drawn_is_changed():
+    space = SPACES["awd_weighting"](DIGITS.to_dict(), "")
+    assert space.overrides({}) == {}
+    assert space.overrides({"weight": 0.3, "layers": "last"}) == {
+        "stages.refine.objective.adversarial.weight": 0.3,
+        "stages.refine.discriminator.layers": [3],
+    }
+
+
+# Schedules
+
+
+def walk_of(values: dict[str, Any], stage: str = "sfd_3") -> tuple[list[float], list[int], Recipe]:
+    space = SPACES["sfd_schedule"](DIGITS.to_dict(), stage)
+    recipe = override(DIGITS, space.overrides(values))
+    grid = recipe.stages[stage].objective.sampling_grid()
+    return grid.tolist(), positions(recipe.precompute.grid.times(recipe.precompute.intervals), grid), recipe
+
+
+def test_a_schedule_is_a_choice_of_stored_times():
+    gaps = {"gap_0": math.log(2), "gap_1": 0.0, "gap_2": 0.0, "gap_3": 9.0}
+    times, places, recipe = walk_of({**gaps, "tail": 0, "afs": False})
+    assert recipe.precompute.intervals == 48 and places == [0, 24, 36, 48]
+    assert times == pytest.approx([1, 0.5, 0.25, 0])
+    _, places, recipe = walk_of({**gaps, "tail": 2, "afs": False})
+    assert places[-1] == 46
+    _, places, recipe = walk_of({**dict.fromkeys(gaps, 0.0), "tail": 0, "afs": True})
+    assert places == [0, 12, 24, 36, 48]
+    objective = recipe.stages["sfd_3"].objective
+    assert objective.name == "sfd" and objective.afs and objective.intervals == 4
+
+
+def test_all_schedules_share_one_set_of_trajectories():
+    space = SPACES["sfd_schedule"](DIGITS.to_dict(), "sfd_2")
+    made = {str(override(DIGITS, space.overrides(space.draw(str(seed)))).precompute) for seed in range(20)}
+    assert len(made) == 1
+
+
+def test_baselines_are_the_named_grids():
+    space = SPACES["sfd_schedule"](DIGITS.to_dict(), "sfd_2")
+    stored = torch.linspace(1, 0, 49, dtype=torch.float64)
+    places = {title: values["places"] for title, values in space.baselines.items()}
+    assert places["equal steps of t"] == [0, 24, 48]
+    sigma = (80 ** (1 / 7) / 2 + 0.002 ** (1 / 7) / 2) ** 7
+    nearest = int((stored - sigma / (1 + sigma)).abs().argmin())
+    assert places["polynomial, rho 7"] == [0, nearest, 48]
+    assert places["arctan, data std 0.5"] == [0, 32, 48]
+    assert len(places) == 8 and len(sfd_schedule.RHOS) == 5
+    for values in space.baselines.values():
+        assert not values["afs"]
+
+
+# Mistakes
+
+
+def test_a_recipe_without_such_a_stage_is_refused():
+    for name, message in (
+        ("meanflow_sampler", "no stage of the recipe has objective meanflow"),
+        ("awd_weighting", "stage sketch has no adversarial term .*; of this recipe refine has"),
+        ("dmd_balance", "the recipe has no stage 'refin'; it has sketch, refine"),
+    ):
+        asked = {"awd_weighting": "sketch", "dmd_balance": "refin"}.get(name, "")
+        with pytest.raises(ValueError, match=message):
+            SPACES[name](DIGITS.to_dict(), asked)
+
+
+def test_a_student_of_any_number_of_steps_has_no_one_schedule():
+    recipe = load("digits", ["stages.sfd_2.objective.step_counts=[1, 2]"])
+    with pytest.raises(ValueError, match="stage sfd_2 trains for several numbers of steps"):
+        SPACES["sfd_schedule"](recipe.to_dict(), "sfd_2")
+
+
+def test_ranges_are_checked():
+    for make, message in (
+        (lambda: Uniform(low=1, high=1), "low below high; given 1 and 1"),
+        (lambda: Uniform(low=0, high=1, log=True), "a logarithmic range lies above 0; given 0"),
+        (lambda: Integer(low=3, high=2), "low below high; given 3 and 2"),
+        (lambda: Choice(values=[1]), r"at least two values; given \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_draws_lie_in_their_ranges():
+    chance = Random(0)
+    log = [Uniform(low=1e-3, high=1e3, log=True).draw(chance) for _ in range(400)]
+    assert min(log) >= 1e-3 and max(log) <= 1e3 and 0.35 < sum(value < 1 for value in log) / 400 < 0.65
+    assert {Integer(low=1, high=3).draw(chance) for _ in range(60)} == {1, 2, 3}

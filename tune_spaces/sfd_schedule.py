@@ -1,0 +1,86 @@
+"""At which of the stored times an SFD student steps.
+
+All trials walk on one fine grid, so that one set of trajectories serves every schedule: a schedule is a choice among
+its times (`hd_core.schedules`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hd_core.schedules import Places, arctan, from_gaps, log_snr, nearest, polynomial
+from hd_core.times import GridConfig
+from hd_core.types import Grid
+from tune_spaces.space import Changes, Choice, Distribution, Space, Uniform, Values, first_stage
+
+FINE = 48
+"""Intervals of the fine grid at least."""
+RHOS = (3, 5, 7, 9, 11)
+_DATA_STD = 0.5
+
+
+def space(recipe: Values, stage: str = "") -> Space:
+    """Free times, where the walk ends, and whether its first step is analytical, at the stage's number of calls.
+
+    Raises:
+        ValueError: no stage of the recipe is SFD's by stored trajectories, or it is told its number of steps.
+    """
+    name = first_stage(recipe, stage, _fits, "objective sfd that follows stored trajectories")
+    objective: Values = recipe["stages"][name]["objective"]
+    if objective["step_counts"]:
+        raise ValueError(
+            f"stage {name} trains for several numbers of steps, each with times of its own: take one of them"
+        )
+    calls = objective["intervals"] - objective["afs"]
+    stored = _stored(recipe["precompute"])
+    gaps: dict[str, Distribution] = {f"gap_{i}": Uniform(low=-2.5, high=2.5) for i in range(calls + 1)}
+    return Space(
+        stage=name,
+        parameters={**gaps, "tail": Choice(values=[0, 1, 2]), "afs": Choice(values=[False, True])},
+        changes=lambda values: _changes(name, calls, stored, values),
+        always={"precompute.intervals": len(stored) - 1},
+        baselines={title: {"places": places, "afs": False} for title, places in baselines(calls, stored).items()},
+    )
+
+
+def baselines(steps: int, stored: Grid) -> dict[str, Places]:
+    """Named schedules of so many steps, each at the nearest stored times."""
+    points = len(stored)
+    rhos = {f"polynomial, rho {rho}": nearest(polynomial(steps, rho), stored) for rho in RHOS}
+    others = {"log-SNR": log_snr(steps), f"arctan, data std {_DATA_STD}": arctan(steps, _DATA_STD)}
+    return {
+        "equal steps of t": from_gaps([0.0] * steps, points),
+        **rhos,
+        **{name: nearest(times, stored) for name, times in others.items()},
+    }
+
+
+def _fits(stage: Values) -> bool:
+    return stage["objective"]["name"] == "sfd" and stage["objective"]["taught_by"] == "teacher"
+
+
+def _stored(precompute: Values) -> Grid:
+    """The fine grid: the recipe's own, subdivided until it is fine."""
+    given: int = precompute["intervals"]
+    settings: Mapping[str, Any] = precompute["grid"]
+    grid = GridConfig(**{**settings, "betas": tuple(settings["betas"]), "knots": tuple(settings["knots"])})
+    return grid.times(given * math.ceil(FINE / given))
+
+
+def places_of(values: Values, calls: int, points: int) -> Places:
+    """The places of a draw: its own, or those of its gaps, which leave out what is behind the walk's end."""
+    if "places" in values:
+        return list(values["places"])
+    steps = calls + values["afs"]
+    return from_gaps([values[f"gap_{i}"] for i in range(steps)], points - values["tail"])
+
+
+def _changes(stage: str, calls: int, stored: Grid, values: Values) -> Changes:
+    places = places_of(values, calls, len(stored))
+    times: list[float] = stored[places].tolist()
+    start = f"stages.{stage}.objective"
+    return {
+        f"{start}.intervals": len(places) - 1,
+        f"{start}.afs": values["afs"],
+        f"{start}.grid": {"kind": "uniform", "t_max": times[0], "t_min": times[-1], "knots": times[1:-1]},
+    }
