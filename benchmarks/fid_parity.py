@@ -134,7 +134,7 @@ def main() -> None:
     """Both sides with one process and with many, then the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pictures", type=int, default=0, help="in each folder [default: 2300, with --quick 200]")
+    parser.add_argument("--pictures", type=int, default=0, help="in each folder [default: 700, with --quick 200]")
     parser.add_argument("--actors", type=int, default=available_cpus())
     parser.add_argument("--npz", type=Path, help="images, in place of crops of photographs")
     parser.add_argument("--weights", type=Path, help=f"{WEIGHTS}, in place of random ones")
@@ -144,7 +144,7 @@ def main() -> None:
         side, weights, *folders, processes = given.child
         child(side, Path(weights), folders, int(processes))
         return
-    count = given.pictures or (200 if given.quick else 2300)
+    count = given.pictures or (200 if given.quick else 700)
     found: dict[str, dict[str, float]] = {}
     print("| | processes | FID | seconds |\n|---|---|---|---|")
     with TemporaryDirectory() as folder:

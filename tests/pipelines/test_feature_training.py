@@ -171,7 +171,7 @@ def test_many_images_go_through_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
     made(tmp_path / "net", "classes")
     extractor, images = load_extractor(str(tmp_path / "net")), images_of(30).images
     whole = extractor(images)
-    monkeypatch.setattr("pipelines.features._PIXELS_AT_ONCE", 7 * 8 * 8)
+    monkeypatch.setattr("pipelines.extractor._PIXELS_AT_ONCE", 7 * 8 * 8)
     assert extractor(images).shape == (30, 64) and np.abs(extractor(images) - whole).max() < 1e-5
 
 
