@@ -6,7 +6,7 @@ stored at the fine grid's times serves every choice.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -174,8 +174,3 @@ def _one_step(
         reached[j] = landed[best, torch.arange(rows, device=device)]
         origins[j] = torch.tensor(before)[best.cpu()]
     return reached, origins
-
-
-def steps_of(places: Places) -> list[int]:
-    """How many of the fine grid's intervals each step takes."""
-    return [after - before for before, after in pairwise(places)]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
-from pipelines.artifacts import fingerprint, read_json
+from pipelines.artifacts import fingerprint, read_json, write_json
+from pipelines.cache import cache_folder
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, teacher_generators
 from pipelines.extractor import Extractor
 from pipelines.feature_shards import load_feature_makers
@@ -16,7 +17,7 @@ from pipelines.features import BUILT_IN, load_extractor
 from pipelines.generators import texts_of
 from pipelines.inputs import Inputs
 from pipelines.peer_pictures import drawn_by
-from pipelines.peers import PIPELINE
+from pipelines.peers import PIPELINE, PeerConfig
 from pipelines.perceptual import LPIPS, load_perceptual
 from pipelines.process import default_device
 from pipelines.recipe import TEACHER
@@ -112,18 +113,28 @@ class Assembly(Inputs):
         config = self.recipe.evaluate.peers[name]
         if not config.is_pipeline:
             return drawn_by(name, config)
-        labels = self.evaluation_labels(range(1)).tolist()
+        identity = config.identity
         return Generator(
             label=name,
             stage="",
             solver=PIPELINE,
             grid=(),
-            calls_per_image=config.load("cpu").calls(labels, texts_of(self.reader, labels)),
+            calls_per_image=self._calls(config, identity),
             train_seconds=0.0,
-            identity=config.identity,
+            identity=identity,
             guidance_scale=config.guidance_scale or 1.0,
             peer=config,
         )
+
+    def _calls(self, config: PeerConfig, identity: str) -> int:
+        """Network calls of a pipeline for a picture: counted once, since it must be loaded for that."""
+        file = cache_folder("peers") / f"{identity}.json"
+        known = read_json(file)
+        if known is None:
+            labels = self.evaluation_labels(range(1)).tolist()
+            known = {"calls": config.load("cpu").calls(labels, texts_of(self.reader, labels))}
+            write_json(file, known)
+        return known["calls"]
 
     def require_trained(self, name: str) -> None:
         """Raises ValueError where a stage is not trained yet."""

@@ -19,10 +19,18 @@ from hd_core.guidance import branches
 from hd_core.metrics.frechet import frechet_estimate
 from hd_core.solvers import SOLVERS
 from hd_core.times import GridConfig
-from pipelines.artifacts import ensure_same, fingerprint, plain_name, read_json, write_arrays, write_json
+from pipelines.artifacts import ensure_same, plain_name, read_json, write_arrays, write_json
 from pipelines.feature_shards import Draw, FeatureJob, FeatureMaker, FeatureMakers, Joined, feature_spec, read_pictures
-from pipelines.generators import FLOW_MAP, Generator, class_labels, evaluation_seed, load_student, make_sampler
-from pipelines.measures import Estimates, fid_infinity, measured
+from pipelines.generators import (
+    FLOW_MAP,
+    Generator,
+    class_labels,
+    evaluation_seed,
+    load_student,
+    make_sampler,
+    texts_of,
+)
+from pipelines.measures import Estimates, fid_infinity, measured, told
 from pipelines.peers import PeerConfig
 from pipelines.production import Actors, produce
 from pipelines.references import Reference
@@ -160,7 +168,7 @@ class Evaluator:
         self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
         self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
         if config.statistics:
-            self._against["statistics"] = fingerprint(reference.moments.covariance.tolist())
+            self._against["statistics"] = reference.moments_sha256
         if second:  # absent without one, as in rows that were measured before there was a second net
             self._against["second_feature_net"] = second.extractor.fingerprint
         if teacher.codec:
@@ -216,7 +224,7 @@ class Evaluator:
         rows: dict[int, Row] = {}
 
         def finish(place: int) -> None:
-            rows[place] = self._finished(jobs[place], here.of(place))
+            rows[place] = self._close(jobs[place], here.of(place))
             done(rows[place])
 
         self._sample(jobs, draw, here, finish, progress)
@@ -242,7 +250,7 @@ class Evaluator:
             maker = elsewhere if self.config.num_actors else lambda _device: here
             produce(joined, maker, self.config.actors, progress)
 
-    def _finished(self, job: FeatureJob, maker: FeatureMaker) -> Row:
+    def _close(self, job: FeatureJob, maker: FeatureMaker) -> Row:
         features = np.concatenate([rows.values for rows in job.shards])
         ours, theirs = np.split(features, [self.reference.features.shape[1]], axis=1)
         speed, work = images_per_second(job.shards, maker), operations(maker) / 1e9
@@ -265,7 +273,6 @@ class Evaluator:
     def row(self, generator: Generator, ours: np.ndarray, theirs: np.ndarray, **cost: Any) -> Row:
         """What the features of its samples say of a generator; ``theirs`` are under the second net."""
         found = self._estimates(ours, theirs)
-        values = {name: estimate.value for name, estimate in found.items()}
         return Row(
             generator=generator.label,
             stage=generator.stage,
@@ -274,12 +281,11 @@ class Evaluator:
             guidance_scale=generator.guidance_scale,
             num_samples=len(ours),
             fid_features=self.reference.extractor.name,
-            fid_infinity=fid_infinity(ours, self.reference.moments, values["fid"]),
+            fid_infinity=fid_infinity(ours, self.reference.moments, found["fid"].value),
             train_seconds=generator.train_seconds,
             samples=f"{generator.key}.npz",
             second_features=self.second.extractor.name if self.second else "",
-            intervals={name: [estimate.low, estimate.high] for name, estimate in found.items()},
-            **values,
+            **told(found),
             **cost,
         )
 
@@ -292,8 +298,8 @@ class Evaluator:
     def keep(self, generator: Generator, row: Row, pictures: np.ndarray) -> None:
         """Write a row, and the first pictures beside it."""
         labels = self.labels(range(len(pictures))).numpy()
-        table = self.teacher.prompts
-        prompts = {} if table is None else {"prompts": np.array([table.texts[label] for label in labels])}
+        texts = texts_of(self.teacher, labels.tolist())
+        prompts = {} if texts is None else {"prompts": np.array(texts)}
         write_arrays(self.folder / row.samples, images=pictures, labels=labels, **prompts)
         stored = {"inputs": self.inputs(generator), "row": asdict(row)}
         write_json(self.folder / f"{generator.key}.json", stored)

@@ -1,6 +1,5 @@
 """Inception as clean-fid has it: its weights from a file, from where clean-fid keeps them, or fetched once."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.artifacts import file_hash
+from pipelines.cache import fetched
 from pipelines.extractor import INCEPTION_SIZE, Extractor
 
 WEIGHTS = "inception-2015-12-05.pt"
@@ -46,19 +46,9 @@ def _logits(base: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _fetched(folder: Path) -> Path:
-    """Where clean-fid keeps the weights, fetched where they are not there; they appear whole or not at all."""
+    """Where clean-fid keeps the weights."""
     from cleanfid.downloads_helper import check_download_inception, inception_url
 
     path = folder / WEIGHTS
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        try:
-            os.replace(check_download_inception(beside), path)
-        except OSError as error:
-            raise ValueError(
-                "clean-fid's Inception weights are not on this machine and could not be fetched"
-                f" ({str(error).splitlines()[0]}). Put {inception_url} at {path}, or set evaluate.features to that file"
-                " or to another net"
-            ) from None
-    return path
+    remedy = f"Put {inception_url} at {path}, or set evaluate.features to that file or to another net"
+    return fetched(path, check_download_inception, "clean-fid's Inception weights", remedy)

@@ -1,5 +1,7 @@
 """Every metric of some samples' features, each with its interval; what to mind when reading them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -36,6 +38,12 @@ def measured(
     if extractor.logits:
         found["inception_score"] = inception_score(extractor.logits(torch.tensor(features)))
     return found if real is None else found | by_pairs(real[:pairs], features[:pairs], neighbours)
+
+
+def told(found: Estimates) -> dict[str, Any]:
+    """Values by name, and all intervals together, as plain values."""
+    values = {name: estimate.value for name, estimate in found.items()}
+    return {**values, "intervals": {name: [estimate.low, estimate.high] for name, estimate in found.items()}}
 
 
 def by_pairs(real: np.ndarray, features: np.ndarray, neighbours: int) -> Estimates:

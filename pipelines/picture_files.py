@@ -13,9 +13,8 @@ from pipelines.data_config import DataConfig
 from pipelines.extractor import Extractor, resized
 from pipelines.feature_shards import feature_spec
 from pipelines.features import load_extractor
-from pipelines.pictures import FORMATS, Picture
-from pipelines.production import Actors, InParts, Progress, produce
-from pipelines.progress import Counter
+from pipelines.pictures import FORMATS, BadPicture, Picture, as_bad
+from pipelines.production import Actors, InParts, Progress, produce_rest
 from pipelines.shards import ShardSet, decode, tensor_table
 from pipelines.sources import FolderSource
 
@@ -53,10 +52,10 @@ class PictureFiles:
     def read(self, row: int) -> Picture:
         """One picture in colour, as clean-fid decodes it. ValueError names the file where it is damaged."""
         try:
-            with self.source.open(row) as stream, Image.open(stream, formats=FORMATS) as opened:
+            with self.source.open(row) as stream, as_bad(), Image.open(stream, formats=FORMATS) as opened:
                 return np.asarray(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{self.source.name(row)} is no whole picture: {error}") from None
+        except BadPicture as bad:
+            raise ValueError(f"{self.source.name(row)} is no whole picture: {bad}") from None
 
 
 def picture_features(
@@ -75,13 +74,11 @@ def picture_features(
     rows = min(extractor.rows_at_once, 32)
     spec = feature_spec(len(files), _UNITS_IN_SHARD * rows, some, inputs)
     shards = ShardSet.open(folder / f"{extractor.name}-{spec.fingerprint[:16]}", spec)
-    shards.damaged()  # they are made again
-    shards.list_adopted()
-    progress(sum(shard.rows for shard in shards.shards))
+    shards.mend()
     if not shards.complete:
         reading = partial(_read, files, extractor.size, extractor.shape)
-        counter = Counter(sum(shard.rows for shard in shards.shards), progress)
-        produce(shards, InParts(read=reading, encoder=partial(_Encoder, net=net), rows=rows), actors, counter.add)
+        parts = InParts(read=reading, encoder=partial(_Encoder, net=net), rows=rows)
+        produce_rest(shards, parts, actors, progress)
     return shards.read(range(spec.num_shards)).values
 
 

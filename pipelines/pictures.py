@@ -44,7 +44,7 @@ def read_picture(stream: BinaryIO, config: DataConfig) -> Picture:
         BadPicture: it is damaged, deeper than 8 bits a channel, far too large, or far too small for ``image_size``.
         ValueError: it is larger than the size to which it is to be padded.
     """
-    with _as_bad(), Image.open(stream, formats=FORMATS) as opened:
+    with as_bad(), Image.open(stream, formats=FORMATS) as opened:
         _refuse_unfit(opened, config)
         picture = ImageOps.exif_transpose(opened).convert(MODES[config.channels or 3])
     if config.fit == "pad":
@@ -54,7 +54,7 @@ def read_picture(stream: BinaryIO, config: DataConfig) -> Picture:
 
 def check_header(stream: BinaryIO, config: DataConfig) -> None:
     """Raise what `read_picture` would, as far as the picture's header tells it; no pixel is decoded."""
-    with _as_bad(), Image.open(stream, formats=FORMATS) as opened:
+    with as_bad(), Image.open(stream, formats=FORMATS) as opened:
         _refuse_unfit(opened, config)
         width, height = opened.size
     if config.fit == "pad":
@@ -62,7 +62,8 @@ def check_header(stream: BinaryIO, config: DataConfig) -> None:
 
 
 @contextmanager
-def _as_bad() -> Iterator[None]:
+def as_bad() -> Iterator[None]:
+    """Whatever Pillow's readers raise, as a `BadPicture`."""
     try:
         yield
     except (BadPicture, MemoryError):

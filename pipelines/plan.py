@@ -98,8 +98,9 @@ def _student_parameters(teacher: Teacher, *, knows_steps: bool) -> int:
 
 def _evaluation(job: Run) -> Item:
     recipe = job.recipe
-    counts = [generator.calls_per_image for generator in job.generators()]
-    stored = [job.dir.evaluation / f"{generator.key}.json" for generator in job.generators()]
+    generators = job.generators()
+    counts = [generator.calls_per_image for generator in generators]
+    stored = [job.dir.evaluation / f"{generator.key}.json" for generator in generators]
     missing = [count for count, path in zip(counts, stored, strict=True) if not path.is_file()]
     return Item(
         phase="evaluate",

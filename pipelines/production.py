@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.process import WORKER_ENVIRONMENT, default_device, prepare_process
+from pipelines.progress import Counter
 from pipelines.shards import Shard, ShardSet, commit_table
 
 if TYPE_CHECKING:
@@ -168,6 +169,13 @@ def produce(shards: Producible, maker: Made, actors: Actors, progress: Progress)
     for shard in made:
         shards.commit(shard)
         progress(shard.rows)
+
+
+def produce_rest(shards: ShardSet, maker: Made, actors: Actors, show: Progress) -> None:
+    """The same, for who shows how many rows are there, from the first."""
+    counter = Counter(sum(shard.rows for shard in shards.shards), show)
+    counter.add(0)
+    produce(shards, maker, actors, counter.add)
 
 
 def start_for(shards: Producible, maker: Made, actors: Actors) -> tuple[int, int]:

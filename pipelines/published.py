@@ -1,14 +1,12 @@
 """Statistics of real images that others have published: clean-fid's sets by name, or a file of mean and covariance."""
 
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from hd_core.metrics.statistics import Moments
-from pipelines.cache import cache_folder
+from pipelines.cache import cache_folder, fetched
 
 _COUNT = 50_000
 """Images that statistics are taken to be of: it only cancels, since files hold covariances and not sums."""
@@ -40,23 +38,13 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def _fetched(name: str, split: str, size: str) -> Path:
-    """A published set's file in the cache, fetched where it is not there; it appears whole or not at all."""
+    """A published set's file in the cache."""
     from cleanfid.downloads_helper import check_download_url
 
-    file = f"{name}_clean_{split}_{size}.npz".lower()
-    folder = cache_folder("statistics")
-    if not (folder / file).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        url = f"https://www.cs.cmu.edu/~clean-fid/stats/{file}"
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            try:
-                os.replace(check_download_url(beside, url), folder / file)
-            except OSError as error:
-                raise ValueError(
-                    f"statistics {name}/{split}/{size} are not on this machine and could not be fetched ({error})."
-                    f" Put {url} at {folder / file}, or check the name"
-                ) from None
-    return folder / file
+    path = cache_folder("statistics") / f"{name}_clean_{split}_{size}.npz".lower()
+    url = f"https://www.cs.cmu.edu/~clean-fid/stats/{path.name}"
+    remedy = f"Put {url} at {path}, or check the name"
+    return fetched(path, lambda beside: check_download_url(beside, url), f"statistics {name}/{split}/{size}", remedy)
 
 
 def _read(path: Path) -> Moments:

@@ -1,5 +1,6 @@
 """What samples are measured against: real images as features of one net, and the statistics that FID is against."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,8 +19,7 @@ from pipelines.feature_shards import feature_spec
 from pipelines.features import load_extractor
 from pipelines.lazy import LazyPixels
 from pipelines.pictures import Pixels
-from pipelines.production import Actors, InParts, produce
-from pipelines.progress import Counter
+from pipelines.production import Actors, InParts, produce_rest
 from pipelines.published import load_statistics
 from pipelines.shards import ShardSet, decode, tensor_table
 
@@ -46,6 +46,11 @@ class Reference:
     """FID of one half of the held-out images against the other."""
     pixels: tuple[int, ...]
     """Height, width and channels of an image."""
+
+    @property
+    def moments_sha256(self) -> str:
+        """Of what FID is against."""
+        return hashlib.sha256(self.moments.mean.tobytes() + self.moments.covariance.tobytes()).hexdigest()
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -97,9 +102,7 @@ class Library:
         inputs = {"feature_net": extractor.fingerprint, "data": self.splits.fingerprint, "part": part}
         spec = feature_spec(count, _UNITS_IN_SHARD * extractor.rows_at_once, some, inputs)
         shards = ShardSet.open(self.folder / f"{extractor.name}-{part}-{spec.fingerprint[:16]}", spec)
-        for _ in shards.damaged():
-            pass  # it is made again
-        shards.list_adopted()
+        shards.mend()
         if not shards.complete:
             self._make(shards, images, net, extractor)
         return shards.read(range(spec.num_shards)).values
@@ -114,8 +117,7 @@ class Library:
         )
         actors = self.actors if travels else Actors(count=0, cpus=1, gpus=0)
         with self.progress(f"{extractor.name} features of real images", shards.spec.rows) as show:
-            counter = Counter(sum(shard.rows for shard in shards.shards), show)
-            produce(shards, parts, actors, counter.add)
+            produce_rest(shards, parts, actors, show)
 
 
 def _read(images: Pixels | LazyPixels, labels: np.ndarray, ids: range) -> pa.Table:

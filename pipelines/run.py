@@ -23,11 +23,13 @@ from pipelines.journal import Status
 from pipelines.measures import caution
 from pipelines.peer_pictures import measure_pictures
 from pipelines.peers import PICTURES
+from pipelines.picture_files import PictureFiles
 from pipelines.process import environment
 from pipelines.production import Made, produce, start_for
 from pipelines.progress import Counter, bar
 from pipelines.recipe import Recipe, determining
 from pipelines.report import Phase, Report, Row, write_report
+from pipelines.report_columns import MEASURES
 from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob
 from pipelines.storage import local_stand_in
@@ -139,9 +141,8 @@ class Run(Assembly):
 
     def _make(self, phase: str, shards: ShardSet, maker: Made, what: str) -> None:
         """Make a set's missing and damaged shards, or find it whole."""
-        for file in shards.damaged():
+        for file in shards.mend():
             self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
-        shards.list_adopted()
         if shards.complete:
             self._record(phase, 0.0, reused=True)
             return
@@ -170,9 +171,8 @@ class Run(Assembly):
 
     def _write_images(self) -> None:
         shards, images, labels = self.images, self.splits.train.images, self.image_labels
-        for file in shards.damaged():
+        for file in shards.mend():
             self.say(f"[yellow]shard {file} of images is missing or damaged: writing it again[/]")
-        shards.list_adopted()
         for index in shards.missing:
             ids = shards.spec.ids(index)
             part = slice(ids.start, ids.stop)
@@ -254,7 +254,8 @@ class Run(Assembly):
             with self.progress("evaluate", len(drawn) * self.recipe.evaluate.num_samples) as show:
                 yield from evaluator.measure(drawn, Counter(0, show).add, self._log_row)
         for generator in given:
-            with self.progress(f"pictures of {generator.label}", len(self.nets)) as show:
+            assert generator.peer
+            with self.progress(f"pictures of {generator.label}", len(PictureFiles(generator.peer.path))) as show:
                 yield (row := measure_pictures(evaluator, generator, self.nets, show))
             self._log_row(row)
 
@@ -343,9 +344,8 @@ class _Phase:
 
 def metrics_of_row(row: Row) -> dict[str, float]:
     """What a tracked run is told of a generator; FIDs are named by their feature net."""
-    fids = {f"fid_{row.fid_features}": row.fid, f"fid_{row.second_features}": row.second_fid}
-    names = ("fid_infinity", "kid", "precision", "recall", "density", "coverage", "inception_score", "clip_score")
-    found = fids | {name: getattr(row, name) for name in names}
+    names = {"fid": f"fid_{row.fid_features}", "second_fid": f"fid_{row.second_features}"}
+    found = {names.get(key, key): getattr(row, key) for key in MEASURES.values()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from hd_core.metrics.statistics import Moments
 from pipelines.extractor import Extractor
 from pipelines.features import load_extractor
-from pipelines.measures import Estimates, caution, fid_infinity, measured
+from pipelines.measures import Estimates, caution, fid_infinity, measured, told
 from pipelines.picture_files import PictureFiles, picture_features
 from pipelines.process import default_device
 from pipelines.production import Actors
@@ -119,9 +119,8 @@ def _row(name: str, ours: _Side, theirs: _Side, asked: Asked, extractor: Extract
     return {
         "category": name,
         "count": len(ours.features),
-        **{key: estimate.value for key, estimate in found.items()},
+        **told(found),
         "fid_infinity": fid_infinity(ours.features, theirs.moments, found["fid"].value),
-        "intervals": {key: [estimate.low, estimate.high] for key, estimate in found.items()},
     }
 
 

@@ -281,6 +281,12 @@ class ShardSet:
         if self._unlisted:
             self._list()
 
+    def mend(self) -> list[str]:
+        """Drop what is damaged and list what was adopted; the names of what is to be made again."""
+        bad = self.damaged()
+        self.list_adopted()
+        return bad
+
     def _list(self) -> None:
         self._unlisted = False
         entries = [asdict(entry) for entry in self.shards]

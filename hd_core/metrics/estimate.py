@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from math import exp, log, sqrt
+from statistics import NormalDist
 from typing import Self
 
 LEVEL = 0.95
 """Share of the draws of samples for which an interval holds the metric's mean over draws."""
-_DEVIATIONS = 1.959963984540054
+_DEVIATIONS = NormalDist().inv_cdf((1 + LEVEL) / 2)
 """The normal distribution has this level within so many standard deviations."""
 
 

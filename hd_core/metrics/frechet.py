@@ -34,9 +34,9 @@ def frechet_estimate(features: Features, reference: Moments) -> Estimate:
         ValueError: As in `frechet_distance`, or `as_rows` refuses the rows.
     """
     moments = Moments.of(features)
-    left, roots, right = np.linalg.svd(_product(moments, reference), full_matrices=False)
-    del left
-    effects = influences(features, moments, reference, right.T / np.sqrt(np.maximum(roots, np.finfo(float).tiny)))
+    _, roots, right = np.linalg.svd(_product(moments, reference), full_matrices=False)
+    kept = roots > len(roots) * np.finfo(np.float64).eps * roots.max(initial=0.0)  # others are rounding
+    effects = influences(features, moments, reference, right[kept].T / np.sqrt(roots[kept]))
     return Estimate.normal(_distance(moments, reference, roots), float(effects.std(ddof=1)) / len(effects) ** 0.5)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.generators import texts_of
 from pipelines.teachers import Teacher
 
 
@@ -93,8 +94,8 @@ def request(kind: Kind, teacher: Teacher, labels: Tensor) -> dict[str, Any]:
 
 def readable_request(kind: Kind, teacher: Teacher, labels: Tensor) -> dict[str, Any]:
     """The same as a person writes it."""
-    if teacher.prompts is not None:
-        return {"prompt": [teacher.prompts.texts[label] for label in labels.tolist()]}
+    if (texts := texts_of(teacher, labels.tolist())) is not None:
+        return {"prompt": texts}
     if kind.name == "unet" and not teacher.num_classes:
         return {"batch_size": len(labels)}
     return {"class_labels": labels.tolist()}

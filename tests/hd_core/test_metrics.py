@@ -371,6 +371,21 @@ class TestEstimates:
             assert found.value == pytest.approx(frechet_distance(Moments.of(x), reference), rel=1e-12)
             assert found.low < found.value < found.high
 
+    def test_directions_that_only_one_side_has_count_in_the_interval(self):
+        """Rows that move where the reference does not: the transport leaves them out, the rest of the effect stays."""
+        x, y = normal(0, 60, 3) @ rotation(2, 3), normal(1, 80, 3) @ rotation(2, 3)
+        basis = rotation(2, 3)
+        x, y = x - np.outer(x @ basis[1], basis[1]), y - np.outer(y @ basis[0], basis[0])
+        found = frechet_estimate(x, Moments.of(y))
+        z = x - x.mean(0)
+        effects = 2 * z @ (x.mean(0) - y.mean(0)) + np.sum(z**2, axis=1)
+        ours, theirs = z @ basis[2], (y - y.mean(0)) @ basis[2]
+        effects -= ours**2 * theirs.std(ddof=1) / ours.std(ddof=1)
+        assert (found.high - found.low) / (2 * 1.959964) == pytest.approx(effects.std(ddof=1) / 60**0.5, rel=0.02)
+        one, other = np.outer(normal(0, 9, 1)[:, 0], basis[0]), np.outer(normal(1, 9, 1)[:, 0], basis[1])
+        apart = frechet_estimate(one, Moments.of(other))
+        assert apart.low < apart.value < apart.high < 10
+
     def test_a_share_of_all_or_none_has_an_interval_too(self):
         assert Estimate.share(0, 50).low == 0.0 and 0.05 < Estimate.share(0, 50).high < 0.1
         assert Estimate.share(50, 50).high == 1.0 and 0.9 < Estimate.share(50, 50).low < 0.95

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hd_core.schedules import arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial, steps_of
+from hd_core.schedules import arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial
 from hd_core.solvers import euler, heun, last
 from hd_core.times import GridConfig
 from hd_core.types import Condition
@@ -21,7 +21,7 @@ FINE = GridConfig().times(12)
 def test_any_gaps_give_a_choice(gaps: list[float], intervals: int):
     places = from_gaps(gaps, intervals + 1)
     assert places[0] == 0 and places[-1] == intervals and len(places) == len(gaps) + 1
-    assert all(step >= 1 for step in steps_of(places))
+    assert all(after > before for before, after in pairwise(places))
 
 
 def test_gaps_are_shares_of_the_fine_grid():
@@ -113,7 +113,7 @@ def test_searched_choices_beat_equal_steps(steps: int):
     plain = error_of(from_gaps([0.0] * steps, 25), flow, fine, x)
     costs = euler_costs(wrapped(flow), states, fine, condition)
     for places in (oss(wrapped(flow), states, fine, condition, steps), gits(costs, steps)):
-        assert len(places) == steps + 1 and all(step >= 1 for step in steps_of(places))
+        assert len(places) == steps + 1 and all(after > before for before, after in pairwise(places))
         assert error_of(places, flow, fine, x) < 0.9 * plain
 
 

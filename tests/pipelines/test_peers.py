@@ -33,6 +33,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def evaluated(copied: Finished, peers: str) -> tuple[list[Row], str]:
     recipe = copied.run_dir.parent / "with_peers.yaml"
     recipe.write_text(tiny.RECIPE.replace("evaluate: {", f"evaluate: {{peers: {peers}, "))
@@ -42,7 +47,9 @@ def evaluated(copied: Finished, peers: str) -> tuple[list[Row], str]:
 
 
 @pytest.mark.slow
-def test_peers_stand_in_the_same_table_and_are_measured_once(copied: Finished, pictures: Path, pipeline: Path):
+def test_peers_stand_in_the_same_table_and_are_measured_once(
+    copied: Finished, pictures: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+):
     before = read_report(copied.run_dir / "report.json").rows
     peers = f"{{copies: {{path: {pictures}, calls: 3}}, noisy: {{path: {pipeline}, steps: 2}}}}"
     rows, output = evaluated(copied, peers)
@@ -58,6 +65,7 @@ def test_peers_stand_in_the_same_table_and_are_measured_once(copied: Finished, p
     for row in (copies, noisy):
         kept = np.load(copied.run_dir / "evaluate" / row.samples)["images"]
         assert kept.shape == (16, 8, 8, 1) and kept.std() > 1
+    monkeypatch.setattr(PeerConfig, "load", None)  # its calls are known
     again, output = evaluated(copied, peers)
     assert again == rows and "evaluate     reused" in output
 

@@ -93,7 +93,7 @@ def test_features_are_made_once_and_again_when_a_picture_changes(
     own = write(tmp_path / "own", images[:60])
     first = scored(own, folders[1], out=tmp_path / "one.json")
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.picture_files.produce", None)
+        patch.setattr("pipelines.picture_files.produce_rest", None)
         assert scored(own, folders[1], out=tmp_path / "two.json") == first
     write(tmp_path / "own", images[60:61])
     assert scored(own, folders[1], out=tmp_path / "three.json")["rows"][0]["fid"] != first["rows"][0]["fid"]
