@@ -10,6 +10,7 @@ from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
 from pipelines.artifacts import fingerprint, read_json, write_json
 from pipelines.cache import cache_folder
+from pipelines.clip import Clip
 from pipelines.evaluate import FLOW_MAP, Evaluator, Generator, teacher_generators
 from pipelines.extractor import Extractor
 from pipelines.feature_shards import load_feature_makers
@@ -36,6 +37,11 @@ class Assembly(Inputs):
     def second_extractor(self) -> Extractor | None:
         name = self.recipe.evaluate.second_features
         return self._extractor(name) if name else None
+
+    @cached_property
+    def clip(self) -> Clip | None:
+        name = self.recipe.evaluate.clip
+        return Clip.of(name, default_device()) if name else None
 
     @cached_property
     def _perceptual_nets(self) -> dict[str, str]:
@@ -195,6 +201,7 @@ class Assembly(Inputs):
 
     def evaluator(self) -> Evaluator:
         """Measures this run's generators."""
+        elsewhere = {"teacher": self.recipe.teacher, "prompts": self.prompts, "nets": self.nets}
         return Evaluator(
             self.recipe.evaluate,
             self.reader,
@@ -204,7 +211,8 @@ class Assembly(Inputs):
             self.recipe.seed,
             self.dir.evaluation,
             self.evaluation_labels,
-            partial(load_feature_makers, teacher=self.recipe.teacher, prompts=self.prompts, nets=self.nets),
+            partial(load_feature_makers, clip=self.clip.name if self.clip else "", **elsewhere),
+            self.clip,
         )
 
     @property

@@ -214,6 +214,8 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 @click.argument("pictures")
 @click.argument("reference")
 @click.option("--features", default="inception", show_default=True, help="Feature net, as in evaluate.features.")
+@click.option("--clip", default="", help="CLIP model for the CLIP score, as in evaluate.clip: a folder or a hub name.")
+@click.option("--captions", type=click.Path(path_type=Path), help="JSON of what each picture shows, for --clip.")
 @click.option("--by-category", is_flag=True, help="Score each first folder below by itself, too, as MJHQ-30K does.")
 @click.option("--neighbours", default=5, show_default=True, help="For precision and recall.")
 @click.option("--pairs", default=10_000, show_default=True, help="Most pictures of a side compared pair by pair.")
@@ -225,7 +227,8 @@ def score(actors: int, gpus_per_actor: float, cache: Path | None, out: Path | No
     """Score a folder of PICTURES against REFERENCE: FID, KID, precision, recall, density, coverage, inception score.
 
     REFERENCE is a folder, an npz file of mu and sigma, or a set that clean-fid publishes, such as cifar10/train/32.
-    Numbers are clean-fid's own, each with its 95% interval.
+    Numbers are clean-fid's own, each with its 95% interval. With --clip, how well PICTURES fit their captions, too:
+    those of --captions, those beside PICTURES, or those beside the REFERENCE's pictures of the same names.
     """
     from pipelines.artifacts import write_text
     from pipelines.cache import cache_folder

@@ -1,5 +1,7 @@
 """The one place that imports diffusers: everything else asks here for it, when it is used."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +29,14 @@ def from_pretrained(kind: Any, folder: str, what: str, **options: Any) -> Any:
         ValueError: it cannot be loaded; the message names ``what``.
     """
     options = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32, **options}
-    try:
+    with loading(what):
         return kind.from_pretrained(folder, **options)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Raises ValueError, which names ``what``, where the library cannot load it."""
+    try:
+        yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise ValueError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

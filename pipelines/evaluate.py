@@ -16,11 +16,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hd_core.guidance import branches
+from hd_core.metrics.clip_score import clip_score
 from hd_core.metrics.frechet import frechet_estimate
 from hd_core.solvers import SOLVERS
 from hd_core.times import GridConfig
 from pipelines.artifacts import ensure_same, plain_name, read_json, write_arrays, write_json
-from pipelines.feature_shards import Draw, FeatureJob, FeatureMaker, FeatureMakers, Joined, feature_spec, read_pictures
+from pipelines.clip import Clip
+from pipelines.feature_shards import (
+    Draw,
+    FeatureJob,
+    FeatureMaker,
+    FeatureMakers,
+    Joined,
+    feature_spec,
+    read_cosines,
+    read_pictures,
+)
 from pipelines.generators import (
     FLOW_MAP,
     Generator,
@@ -31,7 +42,7 @@ from pipelines.generators import (
     texts_of,
 )
 from pipelines.measures import Estimates, fid_infinity, measured, told
-from pipelines.peers import PeerConfig
+from pipelines.peers import PICTURES, PeerConfig
 from pipelines.production import Actors, produce
 from pipelines.references import Reference
 from pipelines.report import Row
@@ -53,6 +64,10 @@ __all__ = [
 ]
 
 
+CLIP = "clip"
+"""Name of what a CLIP score is by, among a row's inputs; absent where there is none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What is measured of every generator."""
@@ -65,6 +80,9 @@ class EvaluateConfig:
     """Feature net: digits, inception, or a folder of `hdistill features`; its name stands beside every metric."""
     second_features: str = ""
     """Another feature net, under which a second FID is measured; empty: none."""
+    clip: str = ""
+    """CLIP model of the CLIP score, for a teacher that reads text: a folder in transformers' format, or a name on the
+    Hugging Face hub; empty: none."""
     statistics: str = ""
     """What FID is against instead of the held-out images: an npz file of mu and sigma, or one of clean-fid's sets as
     NAME/SPLIT/SIZE, such as cifar10/train/32; empty: those images."""
@@ -162,10 +180,12 @@ class Evaluator:
         folder: Path,
         labels: Callable[[range], Tensor],
         elsewhere: Callable[..., FeatureMakers],
+        clip: Clip | None = None,
     ) -> None:
         """``elsewhere`` is `load_feature_makers` with all that is the same for every recipe."""
         self.config, self.teacher, self.labels, self.elsewhere = config, teacher, labels, elsewhere
         self.reference, self.second, self.folder, self.seed = reference, second, folder, seed
+        self.clip = clip
         self._against = {"reference": splits_fingerprint, "feature_net": reference.extractor.fingerprint}
         if config.statistics:
             self._against["statistics"] = reference.moments_sha256
@@ -181,10 +201,23 @@ class Evaluator:
         grid = {"grid": list(generator.grid), "solver": generator.solver, "afs": generator.afs}
         grid["guidance_scale"] = generator.guidance_scale
         pictures = {"pictures": config.pictures, "seed": self.seed, "identity": generator.identity}
-        return {**settings, **grid, **pictures, **self._against}
+        return {**settings, **grid, **pictures, **self._against, **self._prompted(generator)}
+
+    def _prompted(self, generator: Generator) -> dict[str, Any]:
+        """What the CLIP score of a generator is by; nothing without CLIP, and where prompts are not known."""
+        if self.clip is None or (generator.solver == PICTURES and not generator.captions):
+            return {}
+        given = {"captions": generator.captions} if generator.captions else {}
+        return {CLIP: {"model": self.clip.fingerprint, **given}}
+
+    def judges(self, generator: Generator) -> bool:
+        """Whether a generator's row has a CLIP score."""
+        return bool(self._prompted(generator))
 
     def finished(self, generator: Generator) -> Row | None:
-        """The row of a generator that was measured before; ``None`` too where its weights were made again since.
+        """The row of a generator that was measured before; ``None`` too where it is to be measured again.
+
+        That is where its weights were made again since, or it has no CLIP score and one is asked for.
 
         Raises:
             ValueError: it was measured with other inputs.
@@ -192,13 +225,16 @@ class Evaluator:
         stored = read_json(self.folder / f"{generator.key}.json")
         if stored is None or not self._samples_of(generator, stored["row"]).is_file():
             return None
-        made_with, inputs = stored["inputs"], self.inputs(generator)
-        retrained = bool(generator.weights) and made_with["identity"] != generator.identity
-        if retrained:  # its weights were lost and made again, and differ in the last bits: so shall its row be
-            made_with = {**made_with, "identity": generator.identity}
-        ensure_same(f"evaluation {generator.key}", made_with, inputs)
-        row = {**stored["row"], "generator": generator.label, "train_seconds": generator.train_seconds}
-        return None if retrained else Row(**row)
+        inputs = self.inputs(generator)
+        made_with, row = (stored["inputs"], stored["row"]) if CLIP in inputs else _without_clip(stored)
+        again: dict[str, Any] = {}
+        if generator.weights and made_with["identity"] != generator.identity:
+            again["identity"] = generator.identity  # made again, its weights differ in the last bits: so shall its row
+        if CLIP in inputs and CLIP not in made_with:
+            again[CLIP] = inputs[CLIP]  # the row is right, and lacks something
+        ensure_same(f"evaluation {generator.key}", {**made_with, **again}, inputs)
+        row = {**row, "generator": generator.label, "train_seconds": generator.train_seconds}
+        return None if again else Row(**row)
 
     def _samples_of(self, generator: Generator, row: dict[str, Any]) -> Path:
         return self.folder / plain_name(row["samples"], self.folder / f"{generator.key}.json")
@@ -220,7 +256,7 @@ class Evaluator:
             labels=self.labels(range(self.config.num_samples)).numpy(),
             pictures=self.config.pictures,
         )
-        here = FeatureMakers(jobs, draw, self.teacher, [net.extractor for net in self.references])
+        here = FeatureMakers(jobs, draw, self.teacher, [net.extractor for net in self.references], self.clip)
         rows: dict[int, Row] = {}
 
         def finish(place: int) -> None:
@@ -253,8 +289,9 @@ class Evaluator:
     def _close(self, job: FeatureJob, maker: FeatureMaker) -> Row:
         features = np.concatenate([rows.values for rows in job.shards])
         ours, theirs = np.split(features, [self.reference.features.shape[1]], axis=1)
+        cosines = read_cosines(job.shards) if self.judges(job.generator) else None
         speed, work = images_per_second(job.shards, maker), operations(maker) / 1e9
-        row = self.row(job.generator, ours, theirs, images_per_second=speed, gflops_per_image=work)
+        row = self.row(job.generator, ours, theirs, cosines, images_per_second=speed, gflops_per_image=work)
         self.keep(job.generator, row, read_pictures(job.shards, self.reference.pixels, self.config.pictures))
         remove_tree(job.shards.folder.parent)
         return row
@@ -270,9 +307,19 @@ class Evaluator:
         """The reference under each net."""
         return [self.reference, self.second] if self.second else [self.reference]
 
-    def row(self, generator: Generator, ours: np.ndarray, theirs: np.ndarray, **cost: Any) -> Row:
-        """What the features of its samples say of a generator; ``theirs`` are under the second net."""
+    def row(
+        self, generator: Generator, ours: np.ndarray, theirs: np.ndarray, cosines: np.ndarray | None, **cost: Any
+    ) -> Row:
+        """What is known of its samples says of a generator.
+
+        Args:
+            ours: ``(n, d)`` features.
+            theirs: ``(n, e)``, under the second net.
+            cosines: ``(n,)`` with their prompts under CLIP; ``None``: not asked for, or not known.
+        """
         found = self._estimates(ours, theirs)
+        if cosines is not None:
+            found["clip_score"] = clip_score(cosines)
         return Row(
             generator=generator.label,
             stage=generator.stage,
@@ -303,6 +350,13 @@ class Evaluator:
         write_arrays(self.folder / row.samples, images=pictures, labels=labels, **prompts)
         stored = {"inputs": self.inputs(generator), "row": asdict(row)}
         write_json(self.folder / f"{generator.key}.json", stored)
+
+
+def _without_clip(stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and values of a kept row, without a CLIP score that is not asked for now."""
+    inputs = {name: value for name, value in stored["inputs"].items() if name != CLIP}
+    intervals = {name: ends for name, ends in stored["row"].get("intervals", {}).items() if name != "clip_score"}
+    return inputs, {**stored["row"], "clip_score": None, "intervals": intervals}
 
 
 def operations(maker: FeatureMaker) -> float:

@@ -1,6 +1,7 @@
 """Features of a generator's samples as shards: a row is a sample id's, under every net that is asked for.
 
-One shard is one block of ids that are sampled together. It holds the features, and of the first samples the pictures.
+One shard is one block of ids that are sampled together. It holds the features, where CLIP was asked for each sample's
+cosine with its prompt, and of the first samples the pictures.
 """
 
 import time
@@ -13,15 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.clip import Clip
 from pipelines.data import Pixels, to_uint8
 from pipelines.extractor import Extractor
 from pipelines.features import load_extractor
-from pipelines.generators import Generator, make_painter
+from pipelines.generators import Generator, make_painter, texts_of
 from pipelines.shards import Shard, ShardSet, ShardSetSpec, commit_table, readable, tensor_table
 from pipelines.teachers import Teacher, TeacherConfig, load_teacher
 
 PICTURE = "picture"
 """Column of a sample's raw pixels, uint8 (h, w, c); null past those that are kept."""
+COSINE = "clip_cosine"
+"""Column of the cosine of a sample and its prompt under CLIP, float64; absent where it was not asked for."""
 
 
 def feature_spec(rows: int, block: int, features: np.ndarray, inputs: dict[str, Any]) -> ShardSetSpec:
@@ -64,10 +68,18 @@ class Draw:
 
 
 class FeatureMaker:
-    """Holds a generator and feature nets, and makes shards of its samples' features."""
+    """Holds a generator, feature nets and CLIP, and makes shards of its samples' features."""
 
-    def __init__(self, job: FeatureJob, draw: Draw, teacher: Teacher, extractors: Sequence[Extractor]) -> None:
+    def __init__(
+        self,
+        job: FeatureJob,
+        draw: Draw,
+        teacher: Teacher,
+        extractors: Sequence[Extractor],
+        clip: Clip | None = None,
+    ) -> None:
         self._shards, self._draw, self._extractors = job.shards, draw, extractors
+        self._teacher, self._clip = teacher, clip
         self.samples = make_painter(job.generator, teacher, draw.seed, draw.labels)
         """Images in [-1, 1] of some sample ids, ``(b, c, h, w)``."""
 
@@ -78,12 +90,19 @@ class FeatureMaker:
         features = np.concatenate([extractor(images) for extractor in self._extractors], axis=1)
         table = tensor_table(np.arange(ids.start, ids.stop), self._draw.labels[ids.start : ids.stop], features)
         table = table.append_column(PICTURE, self._kept(images, ids))
+        if self._clip:
+            table = table.append_column(COSINE, pa.array(self._clip(images, self._texts(ids)), pa.float64()))
         return replace(commit_table(self._shards.folder, spec, index, table), seconds=seconds)
 
     def block(self, index: int) -> tuple[Pixels, float]:
         """Samples of a block, and the seconds that they took."""
         started = time.perf_counter()
         return to_uint8(self.samples(self._shards.spec.ids(index))), time.perf_counter() - started
+
+    def _texts(self, ids: range) -> list[str]:
+        texts = texts_of(self._teacher, self._draw.labels[ids.start : ids.stop].tolist())
+        assert texts is not None  # CLIP is refused where the teacher reads no text
+        return texts
 
     def _kept(self, images: Pixels, ids: range) -> pa.Array:
         kept = [image.tobytes() for image in images[: max(0, self._draw.pictures - ids.start)]]
@@ -94,10 +113,15 @@ class FeatureMakers:
     """The same for several generators, whose shards are numbered on; holds one of them at a time."""
 
     def __init__(
-        self, jobs: Sequence[FeatureJob], draw: Draw, teacher: Teacher, extractors: Sequence[Extractor]
+        self,
+        jobs: Sequence[FeatureJob],
+        draw: Draw,
+        teacher: Teacher,
+        extractors: Sequence[Extractor],
+        clip: Clip | None = None,
     ) -> None:
         self._jobs, self._numbers = jobs, numbered([job.shards for job in jobs])
-        self._open = lru_cache(maxsize=1)(lambda place: FeatureMaker(jobs[place], draw, teacher, extractors))
+        self._open = lru_cache(maxsize=1)(lambda place: FeatureMaker(jobs[place], draw, teacher, extractors, clip))
 
     def shard(self, index: int) -> Shard:
         """Make the shard of a number."""
@@ -110,11 +134,12 @@ class FeatureMakers:
 
 
 def load_feature_makers(
-    device: str, *, teacher: TeacherConfig, prompts: ShardSet | None, nets: Sequence[str], **rest: Any
+    device: str, *, teacher: TeacherConfig, prompts: ShardSet | None, nets: Sequence[str], clip: str = "", **rest: Any
 ) -> FeatureMakers:
-    """`FeatureMakers` in another process: the teacher and the feature nets are loaded there, once."""
-    extractors = [load_extractor(net, device) for net in nets]
-    return FeatureMakers(teacher=load_teacher(teacher, prompts).to(device), extractors=extractors, **rest)
+    """`FeatureMakers` in another process: the teacher, the feature nets and CLIP are loaded there, once."""
+    extractors, judge = [load_extractor(net, device) for net in nets], Clip.of(clip, device) if clip else None
+    reader = load_teacher(teacher, prompts).to(device)
+    return FeatureMakers(teacher=reader, extractors=extractors, clip=judge, **rest)
 
 
 def numbered(sets: Sequence[ShardSet]) -> list[tuple[int, int]]:
@@ -145,7 +170,16 @@ class Joined:
 
 def read_pictures(shards: ShardSet, shape: Sequence[int], count: int) -> Pixels:
     """The first samples' pixels, ``(count, *shape)``."""
-    blocks = range(-(-count // shards.spec.shard_rows))
-    columns = [pq.read_table(readable(path), columns=[PICTURE]).column(PICTURE) for path in shards.paths(blocks)]
-    raw = [value.as_py() for column in columns for value in column if value.is_valid]
+    kept = _column(shards, PICTURE, range(-(-count // shards.spec.shard_rows)))
+    raw = [value.as_py() for value in kept if value.is_valid]
     return np.frombuffer(b"".join(raw), np.uint8).reshape(len(raw), *shape)
+
+
+def read_cosines(shards: ShardSet) -> np.ndarray:
+    """``(rows,)`` float64 of all samples, in the order of their ids."""
+    return _column(shards, COSINE, range(shards.spec.num_shards)).to_numpy()
+
+
+def _column(shards: ShardSet, name: str, blocks: range) -> pa.ChunkedArray:
+    tables = [pq.read_table(readable(path), columns=[name]) for path in shards.paths(blocks)]
+    return pa.concat_tables(tables).column(name)

@@ -53,6 +53,8 @@ class Generator:
     """Guidance of what was trained: of the teacher, or with which a student is sampled."""
     peer: PeerConfig | None = None
     """What others made; its solver is ``pipeline``, and it has no grid."""
+    captions: str = ""
+    """Fingerprint of the prompts of given pictures; empty: not known."""
 
     @property
     def key(self) -> str:

@@ -1,4 +1,4 @@
-"""Teachers by their name on the Hugging Face hub: fetched once into its cache, then local folders like any other."""
+"""Models by their name on the Hugging Face hub: fetched once into its cache, then local folders like any other."""
 
 import re
 from pathlib import Path
@@ -27,8 +27,11 @@ def is_fetched(name: str, revision: str = "") -> bool:
     return True
 
 
-def fetched(name: str, revision: str = "") -> Path:
+def fetched(name: str, revision: str = "", field: str = "teacher.path") -> Path:
     """The folder of a repository's files in the hub's cache; fetched where it is not there yet.
+
+    Args:
+        field: what gave the name, for the message.
 
     Raises:
         ValueError: there is no such repository, it needs a permission, or the hub cannot be reached.
@@ -43,7 +46,7 @@ def fetched(name: str, revision: str = "") -> Path:
     except LocalEntryNotFoundError:
         raise ValueError(
             f"there is no folder {name}, it is not in the hub's cache, and the hub cannot be reached. Fetch it where"
-            f" there is a network (hf download {name}), then give its folder as teacher.path"
+            f" there is a network (hf download {name}), then give its folder as {field}"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         why = str(error).splitlines()[0]

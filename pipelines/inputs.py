@@ -41,6 +41,11 @@ class Inputs:
             raise ValueError(
                 'evaluate.guidance_scales needs a teacher that knows "no class", and this one does not: use [1]'
             )
+        if self.recipe.evaluate.clip and not teacher.text_width:
+            raise ValueError(
+                f"evaluate.clip compares pictures with their prompts, and the teacher {path} reads no text: leave it"
+                f" empty; given {self.recipe.evaluate.clip!r}"
+            )
         return teacher.to(default_device())
 
     @cached_property

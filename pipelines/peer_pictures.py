@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from pipelines.artifacts import fingerprint
+from pipelines.captions import own_captions
 from pipelines.evaluate import Evaluator
 from pipelines.generators import Generator
 from pipelines.peers import PICTURES, PeerConfig
+from pipelines.picture_cosines import picture_cosines
 from pipelines.picture_files import PictureFiles, picture_features
 from pipelines.pictures import MODES, Pixels
 from pipelines.report import Row
@@ -15,6 +18,8 @@ from pipelines.report import Row
 
 def drawn_by(name: str, peer: PeerConfig) -> Generator:
     """A folder of pictures as what drew them."""
+    files = PictureFiles(peer.path)
+    captions = own_captions(files.source)
     return Generator(
         label=name,
         stage="",
@@ -22,8 +27,9 @@ def drawn_by(name: str, peer: PeerConfig) -> Generator:
         grid=(),
         calls_per_image=peer.calls,
         train_seconds=0.0,
-        identity=PictureFiles(peer.path).identity,
+        identity=files.identity,
         peer=peer,
+        captions=fingerprint(captions) if captions else "",
     )
 
 
@@ -49,7 +55,10 @@ def measure_pictures(
         for net, reference in zip(nets, evaluator.references, strict=True)
     ]
     theirs = others[0] if others else ours[:, :0]
-    row = evaluator.row(generator, ours, theirs, images_per_second=None, gflops_per_image=None)
+    cosines = None
+    if evaluator.clip and (captions := own_captions(files.source)):
+        cosines = picture_cosines(files, captions, evaluator.clip, folder, config.actors)
+    row = evaluator.row(generator, ours, theirs, cosines, images_per_second=None, gflops_per_image=None)
     evaluator.keep(generator, row, _shown(files, config.pictures, evaluator.reference.pixels))
     return row
 

@@ -15,7 +15,7 @@ from pipelines.feature_shards import feature_spec
 from pipelines.features import load_extractor
 from pipelines.pictures import FORMATS, BadPicture, Picture, as_bad
 from pipelines.production import Actors, InParts, Progress, produce_rest
-from pipelines.shards import ShardSet, decode, tensor_table
+from pipelines.shards import ShardSet, ShardSetSpec, decode, tensor_table
 from pipelines.sources import FolderSource
 
 _UNITS_IN_SHARD = 32
@@ -73,11 +73,16 @@ def picture_features(
     inputs = {"feature_net": extractor.fingerprint, "files": files.identity}
     rows = min(extractor.rows_at_once, 32)
     spec = feature_spec(len(files), _UNITS_IN_SHARD * rows, some, inputs)
-    shards = ShardSet.open(folder / f"{extractor.name}-{spec.fingerprint[:16]}", spec)
+    reading = partial(_read, files, extractor.size, extractor.shape)
+    parts = InParts(read=reading, encoder=partial(_Encoder, net=net), rows=rows)
+    return kept_rows(folder / f"{extractor.name}-{spec.fingerprint[:16]}", spec, parts, actors, progress)
+
+
+def kept_rows(folder: Path, spec: ShardSetSpec, parts: InParts, actors: Actors, progress: Progress) -> np.ndarray:
+    """``(n, *spec.shape)`` of all rows of a set that is kept in a folder; what is missing there is made."""
+    shards = ShardSet.open(folder, spec)
     shards.mend()
     if not shards.complete:
-        reading = partial(_read, files, extractor.size, extractor.shape)
-        parts = InParts(read=reading, encoder=partial(_Encoder, net=net), rows=rows)
         produce_rest(shards, parts, actors, progress)
     return shards.read(range(spec.num_shards)).values
 

@@ -216,6 +216,7 @@ _FREE = (
     "evaluate.gpus_per_actor",
     "evaluate.solvers",
     "evaluate.peers",
+    "evaluate.clip",
     "evaluate.step_counts",
     "evaluate.guidance_scales",
     *(f"stages.*.{name}" for name in FREE_STAGE_FIELDS),

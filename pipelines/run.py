@@ -55,7 +55,7 @@ class Run(Assembly):
 
     def execute(self, started: float) -> Report:
         """Do everything that is not done; ``started`` is when the process began, in `time.time` seconds."""
-        _ = self.extractor, self.second_extractor
+        _ = self.extractor, self.second_extractor, self.clip
         with self._session():
             self._record("start", time.time() - started, reused=False)
             self.train_stages(())
@@ -299,6 +299,8 @@ class Run(Assembly):
         if second := self.second_reference:
             reference["second_real_fid"], reference["second_halves_fid"] = second.real_fid, second.halves_fid
             reference["second_features"] = second.extractor.name
+        if self.clip:
+            reference |= self.clip.provenance
         report = Report(
             recipe=self.recipe.to_dict(),
             fingerprint=self.recipe.fingerprint,

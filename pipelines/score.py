@@ -11,10 +11,14 @@ from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
+from hd_core.metrics.clip_score import clip_score
 from hd_core.metrics.statistics import Moments
+from pipelines.captions import assigned, by_name, load_captions, own_captions
+from pipelines.clip import Clip
 from pipelines.extractor import Extractor
 from pipelines.features import load_extractor
 from pipelines.measures import Estimates, caution, fid_infinity, measured, told
+from pipelines.picture_cosines import picture_cosines
 from pipelines.picture_files import PictureFiles, picture_features
 from pipelines.process import default_device
 from pipelines.production import Actors
@@ -42,6 +46,14 @@ class Asked:
     actors: Actors
     cache: Path
     """Where features are kept."""
+    clip: str = ""
+    """CLIP model of the CLIP score, as in `evaluate.clip`; empty: none."""
+    captions: Path | None = None
+    """A file that maps pictures to captions; ``None``: they stand beside the pictures, or beside the reference's."""
+
+    def __post_init__(self) -> None:
+        if self.captions and not self.clip:
+            raise ValueError(f"--captions {self.captions} are for the CLIP score: give --clip a CLIP model, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +63,37 @@ class _Side:
     moments: Moments
     features: np.ndarray | None = None
     categories: dict[str, np.ndarray] | None = None
+    cosines: np.ndarray | None = None
+    """``(n,)`` with their captions under CLIP, where that is asked for."""
 
     def of(self, category: str) -> "_Side":
         """A category alone."""
         assert self.features is not None and self.categories is not None
-        features = self.features[self.categories[category]]
-        return replace(self, features=features, moments=Moments.of(features))
+        rows = self.categories[category]
+        features, cosines = self.features[rows], None if self.cosines is None else self.cosines[rows]
+        return replace(self, features=features, moments=Moments.of(features), cosines=cosines)
 
 
 def score(asked: Asked, console: Console) -> dict[str, Any]:
     """Every metric of all pictures, and of each category where that is asked for, as plain values.
 
     Raises:
-        ValueError: there are no pictures or no such reference, a picture is damaged, or categories do not match.
+        ValueError: there are no pictures or no such reference, a picture is damaged or lacks a caption, or categories
+            do not match.
     """
+    clip = Clip.of(asked.clip, default_device(), "--clip") if asked.clip else None
+    captions = _captions(asked) if clip else []
     extractor = load_extractor(asked.features, default_device())
     ours, theirs = _folder(asked.pictures, asked, extractor, console), _reference(asked, extractor, console)
+    if clip:
+        ours = replace(ours, cosines=_cosines(captions, clip, asked, console))
     return {
         "pictures": asked.pictures,
         "reference": asked.reference,
         "features": extractor.name,
         "features_sha256": extractor.fingerprint,
         "resize": f"clean-fid PIL bicubic to {extractor.size}",
+        **(clip.provenance if clip else {}),
         "neighbours": asked.neighbours,
         "pairs": asked.pairs,
         "caution": caution(ours.moments.count, ours.moments.width),
@@ -83,10 +104,35 @@ def score(asked: Asked, console: Console) -> dict[str, Any]:
 
 
 def _folder(folder: str, asked: Asked, extractor: Extractor, console: Console) -> _Side:
-    files = PictureFiles(str(Path(folder).expanduser().resolve()))
+    files = _files(folder)
     with bar(console, f"{extractor.name} features of {folder}", len(files)) as show:
         features = picture_features(files, asked.features, extractor, asked.cache, asked.actors, show)
     return _Side(moments=Moments.of(features), features=features, categories=files.categories)
+
+
+def _files(folder: str) -> PictureFiles:
+    return PictureFiles(str(Path(folder).expanduser().resolve()))
+
+
+def _cosines(captions: list[str], clip: Clip, asked: Asked, console: Console) -> np.ndarray:
+    with bar(console, f"CLIP score of {asked.pictures}", len(captions)) as show:
+        return picture_cosines(_files(asked.pictures), captions, clip, asked.cache, asked.actors, show)
+
+
+def _captions(asked: Asked) -> list[str]:
+    """Of each picture: from the file that is given, from beside the picture, or from the reference's by its name."""
+    pictures = _files(asked.pictures).source
+    if asked.captions:
+        return assigned(pictures.names, load_captions(asked.captions), str(asked.captions))
+    if own := own_captions(pictures):
+        return own
+    theirs = by_name(_files(asked.reference).source) if Path(asked.reference).expanduser().is_dir() else {}
+    if not theirs:
+        raise ValueError(
+            f"--clip compares pictures with their captions, and there are none beside {asked.pictures} nor in"
+            f" {asked.reference}: give --captions FILE"
+        )
+    return assigned(pictures.names, theirs, asked.reference)
 
 
 def _reference(asked: Asked, extractor: Extractor, console: Console) -> _Side:
@@ -116,6 +162,8 @@ def _row(name: str, ours: _Side, theirs: _Side, asked: Asked, extractor: Extract
         raise ValueError(f"{name} has {rows} pictures to compare: more than neighbours, {asked.neighbours}, are needed")
     known = {"neighbours": asked.neighbours, "pairs": asked.pairs}
     found: Estimates = measured(ours.features, extractor, theirs.moments, theirs.features, **known)
+    if ours.cosines is not None:
+        found["clip_score"] = clip_score(ours.cosines)
     return {
         "category": name,
         "count": len(ours.features),

@@ -121,6 +121,7 @@ def _check_paths(recipe: Recipe) -> None:
         "teacher.path": recipe.teacher.path,
         "evaluate.features": recipe.evaluate.features,
         "evaluate.second_features": recipe.evaluate.second_features,
+        "evaluate.clip": recipe.evaluate.clip,
     }
     for field, path in named.items():
         if path and not path.startswith("~") and not Path(path).is_absolute() and Path(path).exists():

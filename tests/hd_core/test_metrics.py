@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float64
 
+from hd_core.metrics.clip_score import clip_score
 from hd_core.metrics.estimate import Estimate
 from hd_core.metrics.frechet import frechet_distance, frechet_estimate, influences
 from hd_core.metrics.inception_score import inception_score
@@ -320,6 +321,21 @@ class TestInceptionScore:
             inception_score(np.zeros((1, 4)))
 
 
+class TestClipScore:
+    def test_longhand(self):
+        cosines = np.array([0.3, -0.2, 0.25, 0.0])
+        found = clip_score(cosines)
+        assert found.value == pytest.approx(100 * (0.3 + 0.25) / 4, rel=1e-12)
+        scores = np.array([30.0, 0.0, 25.0, 0.0])
+        half = 1.959963984540054 * (np.square(scores - scores.mean()).sum() / 3 / 4) ** 0.5
+        assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), rel=1e-12)
+
+    def test_what_has_no_score(self):
+        for cosines in (np.array([0.3]), np.array([0.3, np.nan])):
+            with pytest.raises(ValueError, match="at least 2 cosines, all finite"):
+                clip_score(cosines)
+
+
 REFERENCE = normal(0, 400, 4) @ rotation(1, 4) * [1.0, 2.0, 0.5, 1.0]
 
 
@@ -333,6 +349,7 @@ ESTIMATES: dict[str, Callable[[int], Estimate]] = {
     "frechet": lambda seed: frechet_estimate(drawn(seed), Moments.of(REFERENCE)),
     "kernel": lambda seed: kernel_distance(REFERENCE, drawn(seed)),
     "inception score": lambda seed: inception_score(drawn(seed)),
+    "clip score": lambda seed: clip_score(0.2 * np.random.default_rng(seed).standard_normal(200) + 0.1),
     "precision": lambda seed: precision_recall(REFERENCE, drawn(seed)).precision,
     "density": lambda seed: precision_recall(REFERENCE, drawn(seed)).density,
     "recall": lambda seed: precision_recall(REFERENCE, drawn(seed)).recall,

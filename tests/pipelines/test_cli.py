@@ -32,7 +32,7 @@ COMMANDS = {
     "train": ON_A_RECIPE | {"--stage"},
     "evaluate": ON_A_RECIPE,
     "score": {"PICTURES", "REFERENCE", "--features", "--by-category", "--neighbours", "--pairs", "--actors"}
-    | {"--gpus-per-actor", "--cache", "--out"},
+    | {"--gpus-per-actor", "--cache", "--out", "--clip", "--captions"},
     "export": ON_A_RECIPE | {"--stage", "--steps", "--out"},
     "flops": {"RECIPE", "--set"},
     "sample": ON_A_RECIPE | {"--stage", "--num", "--label", "--prompt", "--steps", "--guidance", "--seed", "--out"},

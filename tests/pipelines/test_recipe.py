@@ -49,6 +49,7 @@ FREE = {
     "evaluate.step_counts",
     "evaluate.guidance_scales",
     "evaluate.peers",
+    "evaluate.clip",
     *(f"stages.{stage}.{name}" for stage in DIGITS.stages for name in ("label", "log_every", "checkpoint_every")),
     *(f"stages.{stage}.probe.{name}" for stage in DIGITS.stages for name in ("beside", "cpus", "gpus")),
     *(f"evaluate.solvers.{solver}" for solver in DIGITS.evaluate.solvers),
