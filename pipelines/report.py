@@ -83,7 +83,7 @@ class Row:
     inception_score: float | None = None
     """From 1 to the number of the net's classes; None where the feature net knows none."""
     clip_score: float | None = None
-    """100 times the cosine of picture and prompt under CLIP, on average; None where it was not asked for."""
+    """100 times the cosine of picture and prompt under CLIP, cut at 0, on average; None where it was not asked for."""
     intervals: dict[str, list[float]] = field(default_factory=dict)
     """By metric, low and high end of the 95% interval over draws of as many samples."""
 
@@ -162,7 +162,8 @@ class Report:
     reference against the other; `num_reference`: images in the reference; `fid_features`: the feature net. Where there
     was a second net, `second_real_fid`, `second_halves_fid` and `second_features` say the same of it. `source`: what
     FID is against; `caution`: what to mind, where there is something; `features_sha256`, `feature_width`, `resize`,
-    `data_sha256`: how it was measured."""
+    `data_sha256`: how it was measured; `clip`, `clip_sha256`: the CLIP model, where there is
+    one."""
     environment: dict[str, Any]
     """Versions, processor count and the like."""
     created: str

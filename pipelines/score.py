@@ -1,7 +1,7 @@
 """Scores a folder of pictures against another, or against published statistics, as papers do."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,18 +173,33 @@ def _row(name: str, ours: _Side, theirs: _Side, asked: Asked, extractor: Extract
 
 
 def print_score(result: dict[str, Any], console: Console) -> None:
-    """A table of the rows, then what to mind."""
-    table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0), header_style="bold")
+    """A table of the rows, in parts where the terminal is too narrow for all metrics; then what to mind."""
     rows = result["rows"]
-    named = {name: key for name, key in MEASURES.items() if any(row.get(key) is not None for row in rows)}
-    for heading in ("pictures", "count", *named):
-        table.add_column(heading, justify="left" if heading == "pictures" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(row["category"], f"{row['count']:,}", *(_cell(row, key) for key in named.values()))
-    console.print(table)
-    for line in (f"Features: {result['features']}. In brackets: 95% intervals.", result["caution"]):
+    left = [name for name, key in MEASURES.items() if any(row.get(key) is not None for row in rows)]
+    while left:
+        fitting = (count for count in range(len(left), 1, -1) if _width(rows, left[:count], console) <= console.width)
+        count = next(fitting, 1)
+        console.print(_table(rows, left[:count]))
+        left = left[count:]
+    judged = f" CLIP: {result['clip']}." if "clip" in result else ""
+    for line in (f"Features: {result['features']}.{judged} In brackets: 95% intervals.", result["caution"]):
         if line:
             console.print(line, highlight=False, soft_wrap=True)
+
+
+def _table(rows: list[dict[str, Any]], names: Sequence[str]) -> Table:
+    table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0), header_style="bold")
+    for heading in ("pictures", "count", *names):
+        table.add_column(heading, justify="left" if heading == "pictures" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["category"], f"{row['count']:,}", *(_cell(row, MEASURES[name]) for name in names))
+    return table
+
+
+def _width(rows: list[dict[str, Any]], names: Sequence[str], console: Console) -> int:
+    """Columns of the terminal that a table needs."""
+    wide = console.options.update(max_width=10_000)
+    return _table(rows, names).__rich_measure__(console, wide).maximum
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
