@@ -311,7 +311,7 @@ def _table(report: Report, long_names: bool, only: Sequence[str] = ()) -> Table:
 
 def _split(report: Report) -> list[Table]:
     quality, cost = (
-        ("nfe", "fid", "fid_spread", "second_fid", "kid", "precision", "recall"),
+        ("nfe", "fid", "fid_spread", "second_fid", "kid", "precision", "recall", "clip_score"),
         ("nfe", "images_per_second", "gflops_per_image", "train_seconds"),
     )
     return [_table(report, False, quality), _table(report, False, cost)]

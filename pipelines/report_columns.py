@@ -49,6 +49,7 @@ def columns(rows: Sequence["Row"]) -> list[Column]:
         return Column(name=name, heading=heading, texts=texts, best=best_text)
 
     second, has_kid = second_net(rows), any(row.kid is not None for row in rows)
+    has_clip = any(row.clip_score is not None for row in rows)
     of_fid, of_second = digits([row.fid for row in rows]), digits(_known([row.second_fid for row in rows]))
     return [
         column("nfe", "Calls\n(NFE)", str, None),
@@ -58,6 +59,7 @@ def columns(rows: Sequence["Row"]) -> list[Column]:
         *([column("kid", "KID", digits(_known([row.kid for row in rows])), min)] if has_kid else []),
         column("precision", "Precision", "{:.3f}".format, max),
         column("recall", "Recall", "{:.3f}".format, max),
+        *([column("clip_score", "CLIP\nscore", "{:.2f}".format, max)] if has_clip else []),
         column("images_per_second", "Images\n/s", digits(_known([row.images_per_second for row in rows]), 0), max),
         column("gflops_per_image", "GFLOPs\n/image", digits(_known([row.gflops_per_image for row in rows])), min),
         column("train_seconds", "Train\ns", lambda value: f"{value:,.0f}" if value else "-", None),

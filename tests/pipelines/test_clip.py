@@ -1,5 +1,6 @@
 """The CLIP score against longhand: of a model, of generators, by actors, and what is kept, reused and refused."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from pipelines.artifacts import read_json
 from pipelines.clip import Clip
@@ -16,7 +18,7 @@ from pipelines.evaluate import Evaluator, Generator
 from pipelines.peer_pictures import drawn_by, measure_pictures
 from pipelines.peers import PeerConfig
 from pipelines.recipe import load, override
-from pipelines.report import Row, read_report
+from pipelines.report import Row, print_table, read_report
 from pipelines.report_columns import MEASURES, measures
 from pipelines.run import Run, metrics_of_row
 from pipelines.shards import Shard, ShardSet
@@ -265,6 +267,9 @@ def test_the_report_names_the_model_and_shows_the_score(job: Run):
     assert again.reference["clip"] == str(job.clip.folder)
     assert again.reference["clip_sha256"] == job.clip.fingerprint
     assert measures([row])["CLIP score"] == MEASURES["CLIP score"] and metrics_of_row(row)["clip_score"] > 0
+    console = Console(record=True, width=70, file=io.StringIO())
+    print_table(report, console)
+    assert "score" in (said := console.export_text()) and f"{row.clip_score:.2f}" in said
     page = (job.dir.path / "report.html").read_text()
     assert "CLIP score" in page and f"{row.clip_score:.4g}" in page
     stored = read_json(job.dir.evaluation / "teacher-euler-2.json")
