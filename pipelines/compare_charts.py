@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,7 +18,8 @@ from pipelines.charts import style, to_png
 from pipelines.comparison import Entry, Group
 from pipelines.figures import LIGHT, Theme
 
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "p", "h", "d", "8", "H")
+_LOGARITHMIC = 4.0  # a range of less has too few round numbers on a logarithmic axis
 _LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _AXES = {
     "nfe": "network calls a picture (NFE)",
@@ -86,14 +88,15 @@ def _color(entry: Entry, looks: _Looks) -> str:
 
 
 def _draw(axes: Axes, entries: Sequence[Entry], key: str, looks: _Looks) -> None:
-    lines: dict[tuple[object, ...], list[Entry]] = {}
+    lines: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        lines.setdefault((entry.runs[0] if entry.row.stage else "", _name(entry)), []).append(entry)
+        for run in entry.runs:
+            lines.setdefault((run, _name(entry)), []).append(entry)
     for line in lines.values():
         _draw_line(axes, sorted(line, key=lambda entry: _x(entry, key) or 0), key, looks)
     axes.set_xscale("log")
     fids = [entry.row.fid for entry in entries]
-    if min(fids) > 0:
+    if min(fids) > 0 and max(fids) > _LOGARITHMIC * min(fids):
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis, max(fids) / min(fids))
     values = [_x(entry, key) or 1 for entry in entries]
@@ -105,13 +108,13 @@ def _draw(axes: Axes, entries: Sequence[Entry], key: str, looks: _Looks) -> None
 def _draw_line(axes: Axes, line: Sequence[Entry], key: str, looks: _Looks) -> None:
     x, y = [_x(entry, key) or 0 for entry in line], [entry.row.fid for entry in line]
     ends = [entry.row.intervals.get("fid") or [entry.row.fid] * 2 for entry in line]
-    spread = [[max(0.0, f - low) for f, (low, _) in zip(y, ends, strict=True)],
-              [max(0.0, high - f) for f, (_, high) in zip(y, ends, strict=True)]]  # fmt: skip
+    spread = [[max(0.0, fid - low), max(0.0, high - fid)] for fid, (low, high) in zip(y, ends, strict=True)]
+    known = any(map(any, spread))
     student = bool(line[0].row.stage)
     place = list(looks.colors).index(line[0].runs[0]) if student else 0
     joined = _LINES[place // len(looks.theme.students) % len(_LINES)] if key == "nfe" else "none"
     axes.errorbar(
-        x, y, yerr=spread, color=_color(line[0], looks), marker=looks.markers[_name(line[0])], markersize=6,
+        x, y, yerr=np.transpose(spread) if known else None, color=_color(line[0], looks), marker=looks.markers[_name(line[0])], markersize=6,
         linestyle=joined, linewidth=1.6 if student else 1.1, elinewidth=1.3, capsize=3,
         alpha=0.9, zorder=3 if student else 2,
     )  # fmt: skip
