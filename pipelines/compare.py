@@ -19,7 +19,7 @@ from pipelines.comparison import COSTS, Compared, Comparison, Entry, Group, Meas
 from pipelines.recipe import determining, from_dict
 from pipelines.report import Report, Row, parse_report, read_report
 from pipelines.stores import TrackConfig, tracking_uri
-from pipelines.tracking import find_runs
+from pipelines.tracked_runs import find_runs
 
 SCHEMA_VERSION = 1
 _BY_PAIRS = ("kid", "precision", "recall")
@@ -228,7 +228,7 @@ def _notes(runs: Sequence[Compared], groups: Sequence[Group]) -> list[str]:
         notes.append("Some reports have no intervals, so a small difference of theirs may be chance.")
     if any(row.intervals for row in rows):
         notes.append(
-            "Intervals are over other noises through the same network. Another seed of the training changes more:"
+            "Intervals are over other noises through the same network, and not over other seeds of the training:"
             " compare several seeds before calling a recipe better."
         )
     return notes

@@ -113,10 +113,11 @@ def _draw_line(axes: Axes, line: Sequence[Entry], key: str, looks: _Looks) -> No
     student = bool(line[0].row.stage)
     place = list(looks.colors).index(line[0].runs[0]) if student else 0
     joined = _LINES[place // len(looks.theme.students) % len(_LINES)] if key == "nfe" else "none"
+    width, front = (1.6, 3) if student else (1.1, 2)
     axes.errorbar(
-        x, y, yerr=np.transpose(spread) if known else None, color=_color(line[0], looks), marker=looks.markers[_name(line[0])], markersize=6,
-        linestyle=joined, linewidth=1.6 if student else 1.1, elinewidth=1.3, capsize=3,
-        alpha=0.9, zorder=3 if student else 2,
+        x, y, yerr=np.transpose(spread) if known else None,
+        color=_color(line[0], looks), marker=looks.markers[_name(line[0])], markersize=6,
+        linestyle=joined, linewidth=width, elinewidth=1.3, capsize=3, alpha=0.9, zorder=front,
     )  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def _marks(group: Group, name: str) -> dict[int, Mark]:
         ahead = [places[place] for place in leaders([group.entries[place] for place in places], name)]
         if len({group.entries[place].value(name) for place in places}) == 1:
             continue  # all the same
-        found |= dict.fromkeys(ahead, "tied" if len(ahead) > 1 else "best")
+        overlap = len({group.entries[place].value(name) for place in ahead}) > 1
+        found |= dict.fromkeys(ahead, "tied" if overlap else "best")
     return found
 
 
