@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -48,13 +48,16 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(made_with: Inputs, wanted: Inputs) -> list[str]:
     """The fields that differ, each as ``field: is OLD there, NEW here``."""
-    old, new = flatten(made_with), flatten(wanted)
-    absent = "not set"
-    return [
-        f"{key}: {_short(old.get(key, absent))} there, {_short(new.get(key, absent))} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, absent) != new.get(key, absent)
-    ]
+    found = differing([made_with, wanted])
+    return [f"{key}: {old} there, {new} here" for key, (old, new) in found.items()]
+
+
+def differing(values: Sequence[Inputs]) -> dict[str, list[str]]:
+    """The fields that are not the same in all, by dotted key in order of the alphabet: short texts, one for each."""
+    flat, absent = [flatten(value) for value in values], "not set"
+    keys = sorted(set().union(*flat))
+    columns = {key: [one.get(key, absent) for one in flat] for key in keys}
+    return {key: [_short(one) for one in told] for key, told in columns.items() if any(x != told[0] for x in told)}
 
 
 def as_text(value: object) -> str:

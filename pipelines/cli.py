@@ -301,6 +301,22 @@ def report(run_dir: Path) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, type=_Location(), metavar="RUN_DIR...")
+@click.option("--query", help="Runs of the tracking store, in MLflow's words: \"tags.recipe = 'digits'\".")
+@click.option("--store", default="runs/mlflow.db", show_default=True, help="The tracking store of --query.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True, help="Folder.")
+def compare(runs: tuple[Path, ...], query: str | None, store: str, out: Path) -> None:
+    """Put finished runs side by side: who leads at each number of calls, what differs, what it cost.
+
+    RUN_DIR is a run directory or its URL. Writes compare.html, which can be sent on, compare.json and figures.
+    MLFLOW_TRACKING_URI, where it is set, comes before --store.
+    """
+    from pipelines.compare import compare_runs
+
+    compare_runs(runs, query, Path(store), out, _console())
+
+
+@main.command()
 @click.option("--store", default="runs/mlflow.db", show_default=True, help="The tracking store of the run directories.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
 @click.option("--port", default=5000, show_default=True, help="Port to serve on.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_CALLS = ("params", "figure", "artifact", "folder", "tags")
+_CALLS = ("params", "summary", "figure", "artifact", "folder", "tags", "register")
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 
 _SEND_SECONDS = 1.0  # one log_batch to sqlite costs 15 ms: too dear for every training step, cheap once a second
@@ -131,10 +131,12 @@ class Sender:
                 raise
             self._refuse(group, error)
 
-    def _opened(self, key: str, at: int, parent: str, name: str, tags: Mapping[str, object]) -> "MlflowTracker":
+    def _opened(
+        self, key: str, at: int, parent: str, name: str, tags: Mapping[str, object], reopen: bool = True
+    ) -> "MlflowTracker":
         if not parent:
             return self._store.open(key, tags, at)
-        return self._run(parent, at).child(name, tags, at)
+        return self._run(parent, at).child(name, tags, at, reopen=reopen)
 
     def _run(self, key: str, at: int) -> "MlflowTracker":
         if key not in self._open:
@@ -191,6 +193,10 @@ class BufferedTracker:
         numbers = {key: float(value) for key, value in values.items()}
         self._sender.add(self._key, "metrics", values=numbers, step=int(step))
 
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        numbers = {key: float(value) for key, value in values.items()}
+        self._sender.add(self._key, "summary", values=numbers, step=int(step))
+
     def figure(self, name: str, path: Path) -> None:
         self._sender.add(self._key, "figure", name=name, path=self._sender.stored(path))
 
@@ -203,9 +209,12 @@ class BufferedTracker:
     def tags(self, values: Mapping[str, object]) -> None:
         self._sender.add(self._key, "tags", values=texts(values))
 
-    def child(self, name: str, tags: Mapping[str, object]) -> "BufferedTracker":
+    def register(self, name: str, path: Path, tags: Mapping[str, object]) -> None:
+        self._sender.add(self._key, "register", name=name, path=self._sender.stored(path), tags=texts(tags))
+
+    def child(self, name: str, tags: Mapping[str, object], *, reopen: bool = True) -> "BufferedTracker":
         key = child_key(self._key, name)
-        self._sender.add(key, "open", parent=self._key, name=name, tags=texts(tags), soon=True)
+        self._sender.add(key, "open", parent=self._key, name=name, tags=texts(tags), reopen=reopen, soon=True)
         return BufferedTracker(self._sender, key)
 
     def flush(self) -> bool:

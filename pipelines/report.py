@@ -186,13 +186,19 @@ def write_report(report: Report, run_dir: Path) -> None:
 def read_report(path: Path) -> Report:
     """The report in a report.json. ValueError names the file and what is wrong with it."""
     try:
-        return _parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse_report(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: a run writes it at its end; finish it with `hdistill run`") from None
+
+
+def parse_report(text: bytes, source: str) -> Report:
+    """The report in the bytes of a report.json. ValueError names the source and what is wrong with it."""
+    try:
+        return _parse(json.loads(text.decode()))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{source} is not JSON: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 def rebuild(run_dir: Path) -> Report:

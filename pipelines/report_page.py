@@ -1,7 +1,5 @@
 """The page of a run, `report.html`, and the pictures on it, `figures/*.png`."""
 
-import base64
-import importlib.resources
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from pipelines import charts, figures, stage_charts
-from pipelines.artifacts import as_text, atomic_path, flatten, read_json, write_text
-from pipelines.report_columns import calls, columns, digits, line_of, measures, with_interval
+from pipelines.artifacts import read_json, write_text
+from pipelines.page import Picture, template, write_pictures
+from pipelines.report_columns import columns, digits, line_of, measures
 from pipelines.storage import local_copy
 from pipelines.weight_sheet import Looks, read_looks, weight_sheet
 
@@ -24,23 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """A figure of the page, PNG bytes for a light and a dark page."""
-
-    name: str
-    """File name under figures, without its ending."""
-    title: str
-    """What it shows; also the text for who cannot see it."""
-    caption: str = ""
-    """A sentence below the title."""
-    light: bytes
-    """What is written to figures."""
-    dark: bytes = b""
-    """Empty: the light one suits both."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Samples:
+class Samples:
     """The kept pictures of one row."""
 
     row: "Row"
@@ -55,12 +37,12 @@ class _Samples:
 
 def render(report: "Report", run_dir: Path) -> None:
     """Writes the figures and the page; what has no data is left out, with a note on the page."""
-    samples, notes = _load_samples(report.rows, run_dir / "evaluate")
+    samples, notes = load_samples(report.rows, run_dir / "evaluate")
     sheets, grids = _sheet(samples), [_grid(kept) for kept in samples]
     curves = _load_curves(run_dir, list(report.recipe.get("stages") or ()))
     drawn, stability = _charts(report, curves), _stability(curves)
     weights, unread = _weights(run_dir, report.recipe)
-    _write([*sheets, *grids, *drawn.values(), *stability, *weights], run_dir)
+    write_pictures([*sheets, *grids, *drawn.values(), *stability, *weights], run_dir)
     notes += unread
     context = {
         "stability": stability,
@@ -72,7 +54,9 @@ def render(report: "Report", run_dir: Path) -> None:
         "measures": measures(report.rows),
         "groups": [list(group) for _, group in groupby(enumerate(report.rows), key=lambda item: line_of(item[1]))],
     }
-    page = _template().render(context, sheets=sheets, grids=grids, charts=drawn, notes=notes, **_headlines(report.rows))
+    page = template("report.html.j2").render(
+        context, sheets=sheets, grids=grids, charts=drawn, notes=notes, **_headlines(report.rows)
+    )
     write_text(run_dir / "report.html", page)
 
 
@@ -80,24 +64,8 @@ def render_stages(run_dir: Path) -> list[str]:
     """Writes the figures of the stages alone, as for a run that was stopped before its report; their file names."""
     recipe = read_json(run_dir / "recipe.json") or {}
     pictures = [*_stability(_load_curves(run_dir, list(recipe.get("stages") or ()))), *_weights(run_dir, recipe)[0]]
-    _write(pictures, run_dir)
+    write_pictures(pictures, run_dir)
     return [f"{picture.name}.png" for picture in pictures]
-
-
-def _write(pictures: Sequence[_Picture], run_dir: Path) -> None:
-    for picture in pictures:
-        with atomic_path(run_dir / "figures" / f"{picture.name}.png") as temporary:
-            temporary.write_bytes(picture.light)
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(base64=lambda png: base64.b64encode(png).decode(), flat=_flat, calls=calls)
-    environment.filters.update(times=lambda ratio: f"{ratio:.3g} times" if ratio < 100 else f"{ratio:,.0f} times")
-    environment.filters.update(digits=lambda value: digits([value], 0)(value), measure=with_interval)
-    return environment.from_string(importlib.resources.files("pipelines").joinpath("report.html.j2").read_text("utf-8"))
 
 
 def _headlines(rows: Sequence["Row"]) -> dict[str, Any]:
@@ -112,7 +80,7 @@ def _headlines(rows: Sequence["Row"]) -> dict[str, Any]:
     }
 
 
-def _load_samples(rows: Sequence["Row"], folder: Path) -> tuple[list[_Samples], list[str]]:
+def load_samples(rows: Sequence["Row"], folder: Path) -> tuple[list[Samples], list[str]]:
     """The samples that can be read, and a line about each that cannot."""
     loaded, notes = [], []
     for row in (row for row in rows if row.samples):
@@ -124,14 +92,14 @@ def _load_samples(rows: Sequence["Row"], folder: Path) -> tuple[list[_Samples], 
     return loaded, notes
 
 
-def _load(row: "Row", folder: Path) -> _Samples:
+def _load(row: "Row", folder: Path) -> Samples:
     if Path(row.samples).name != row.samples:
         raise ValueError("not a plain file name")
     with local_copy(folder / row.samples) as file, np.load(file, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
         prompts = tuple(map(str, arrays["prompts"])) if "prompts" in arrays.files else ()
     figures.check_samples(images, labels)
-    return _Samples(row=row, images=images, labels=labels, prompts=prompts)
+    return Samples(row=row, images=images, labels=labels, prompts=prompts)
 
 
 def _load_curves(run_dir: Path, stages: Sequence[str]) -> dict[str, list[dict[str, float]]]:
@@ -159,7 +127,7 @@ def _records(path: Path) -> list[dict[str, float]]:
     return records
 
 
-def _sheet(samples: Sequence[_Samples]) -> list[_Picture]:
+def _sheet(samples: Sequence[Samples]) -> list[Picture]:
     """The same noises through every generator; rows with other labels than the first's stay out."""
     same = [kept for kept in samples if np.array_equal(kept.labels, samples[0].labels)]
     if len(same) < 2:
@@ -168,25 +136,25 @@ def _sheet(samples: Sequence[_Samples]) -> list[_Picture]:
     entries = [(kept.row.label, f"FID {write(kept.row.fid)}", kept.images) for kept in same]
     light, dark = (figures.comparison_sheet(entries, same[0].labels, theme=t) for t in (figures.LIGHT, figures.DARK))
     title = "The same noises through every generator"
-    return [_Picture(name="same_noises", title=title, caption=_prompts(same[0]), light=light, dark=dark)]
+    return [Picture(name="same_noises", title=title, caption=_prompts(same[0]), light=light, dark=dark)]
 
 
-def _prompts(samples: _Samples) -> str:
+def _prompts(samples: Samples) -> str:
     """What the numbers above the sheet's columns stand for; empty where they are classes."""
     picks = figures.spread_over_classes(samples.labels, figures.SHEET_COLUMNS) if samples.prompts else []
     return "; ".join(f"{samples.labels[pick]}: {samples.prompts[pick]}" for pick in picks)
 
 
-def _grid(samples: _Samples) -> _Picture:
+def _grid(samples: Samples) -> Picture:
     row = samples.row
     name = f"samples_{Path(row.samples).stem}"
     caption = f"FID {digits([row.fid], 0)(row.fid)}, precision {row.precision:.2f}, recall {row.recall:.2f}"
-    return _Picture(
+    return Picture(
         name=name, title=row.label, caption=caption, light=figures.sample_grid(samples.images, samples.labels)
     )
 
 
-def _charts(report: "Report", curves: Mapping[str, Any]) -> dict[str, _Picture]:
+def _charts(report: "Report", curves: Mapping[str, Any]) -> dict[str, Picture]:
     """The charts that there is data for, by name."""
     real_fid = report.reference["real_fid"]
     drawings = {
@@ -203,17 +171,17 @@ def _charts(report: "Report", curves: Mapping[str, Any]) -> dict[str, _Picture]:
         "seconds_by_phase": report.phases,
     }
     return {
-        name: _Picture(name=name, title=title, light=draw(figures.LIGHT), dark=draw(figures.DARK))
+        name: Picture(name=name, title=title, light=draw(figures.LIGHT), dark=draw(figures.DARK))
         for name, (title, draw) in drawings.items()
         if there[name]
     }
 
 
-def _stability(curves: Mapping[str, stage_charts.Records]) -> list[_Picture]:
+def _stability(curves: Mapping[str, stage_charts.Records]) -> list[Picture]:
     """A chart for each stage that has a discriminator or probes."""
     draw = stage_charts.stability_chart
     return [
-        _Picture(
+        Picture(
             name=f"stability-{stage}",
             title=stage,
             light=draw(records, theme=figures.LIGHT),
@@ -230,7 +198,7 @@ def _readings(curves: Mapping[str, stage_charts.Records]) -> list[stage_charts.P
     return [panel for panel in stage_charts.PANELS if panel.title in there]
 
 
-def _weights(run_dir: Path, recipe: Mapping[str, Any]) -> tuple[list[_Picture], list[str]]:
+def _weights(run_dir: Path, recipe: Mapping[str, Any]) -> tuple[list[Picture], list[str]]:
     """A sheet for each stage whose discriminator's tokens fill a square, and a line about each that cannot be read."""
     pictures, notes = [], []
     for stage, path in _stage_files(run_dir, "token_weights.npz", list(recipe.get("stages") or ())).items():
@@ -243,7 +211,7 @@ def _weights(run_dir: Path, recipe: Mapping[str, Any]) -> tuple[list[_Picture], 
     return pictures, notes
 
 
-def _weight_picture(stage: str, looks: Looks, tapped: Sequence[object]) -> _Picture:
+def _weight_picture(stage: str, looks: Looks, tapped: Sequence[object]) -> Picture:
     count = looks.fake.weights.shape[1]
     names = [f"block {block}" for block in tapped] if len(tapped) == count else []
     names = names or [f"layer {place + 1}" for place in range(count)]
@@ -251,7 +219,7 @@ def _weight_picture(stage: str, looks: Looks, tapped: Sequence[object]) -> _Pict
         f"{name}: {fake:.3f} on generated, {real:.3f} on real pictures"
         for name, fake, real in zip(names, looks.fake.entropy, looks.real.entropy, strict=True)
     ]
-    return _Picture(
+    return Picture(
         name=f"weights-{stage}",
         title=stage,
         caption=f"Entropy of the weights: {'; '.join(entropies)}.",
@@ -266,11 +234,6 @@ def _tapped(recipe: Mapping[str, Any], stage: str) -> Sequence[object]:
     for name in ("stages", stage, "discriminator", "layers"):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value if isinstance(value, list | tuple) else ()
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted name, value as text) of everything in nested mappings."""
-    return [(name, as_text(value)) for name, value in flatten(record, prefix).items()]
 
 
 def _by(rows: Sequence["Row"], key: Callable[["Row"], Any]) -> dict[Any, list["Row"]]:

@@ -33,6 +33,7 @@ from pipelines.report_columns import MEASURES
 from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob
 from pipelines.storage import local_stand_in
+from pipelines.tracked import best_student, best_tags, description, measured_by, summary_of
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.train import train_stage
 from pipelines.trainer import Watch
@@ -59,7 +60,16 @@ class Run(Assembly):
         with self._session():
             self._record("start", time.time() - started, reused=False)
             self.train_stages(())
-            return self.report(self.evaluate())
+            report = self.report(self.evaluate())
+            if self.recipe.track.register and self.recipe.track.enabled:
+                self._register(report)
+            return report
+
+    def _register(self, report: Report) -> None:
+        from pipelines.registered import register_best  # which needs this module
+
+        with self.phase("register", billed=False):
+            register_best(self, report)
 
     def partial(self, work: "Callable[[Run], T]") -> "T":
         """Do one part of the job under the directory's lock, recorded as the same run."""
@@ -118,7 +128,7 @@ class Run(Assembly):
             run_dir=self.dir.path,
             default_store=default_store(self.dir),
             resume_run_id=state.get("run_id"),
-            tags={"recipe": recipe.name, "fingerprint": recipe.fingerprint, "hdistill": version("hdistill")},
+            tags={**self._origin(), "fingerprint": recipe.fingerprint, "hdistill": version("hdistill")},
         )
         self.tracker.params(recipe.to_dict())
         write_json(self.dir.state, {**state, "run_id": self.tracker.run_id})
@@ -216,8 +226,16 @@ class Run(Assembly):
         tracker.artifact(job.weights, "model")
         tracker.finish("FINISHED")
 
-    def _stage_tracker(self, job: StageJob) -> Tracker:
-        return self.tracker.child(job.name, {"stage": job.name, "fingerprint": fingerprint(job.inputs)})
+    def _stage_tracker(self, job: StageJob, *, reopen: bool = True) -> Tracker:
+        stage = job.stage
+        words = {"stage": job.name, "label": stage.label or job.name, "objective": stage.objective.name}
+        tags = {**self._origin(), **words, "start": stage.start, "fingerprint": fingerprint(job.inputs)}
+        return self.tracker.child(job.name, tags, reopen=reopen)
+
+    def _origin(self) -> dict[str, str]:
+        """Tags of what a run and its stages are made of."""
+        made_of = {"teacher": self.recipe.teacher.path, "teacher_fingerprint": self.teacher.fingerprint}
+        return {"recipe": self.recipe.name, "data": self.splits.fingerprint, **made_of}
 
     def _train_remotely(self, job: StageJob, tracker: Tracker, show: Callable[[int], None]) -> None:
         remote = RemoteWatch(self.recipe.track, tracker.run_id, self.dir.path.resolve(), default_store(self.dir))
@@ -262,22 +280,17 @@ class Run(Assembly):
     def _log_row(self, row: Row) -> None:
         guided = f"_guided_{row.guidance_scale:g}" if row.guided else ""
         name = f"{row.stage or row.generator}_{row.solver}{guided}"
-        metrics = metrics_of_row(row)
-        self.tracker.metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=row.nfe)
+        metrics = {f"{name}/{key}": value for key, value in metrics_of_row(row).items()}
+        self.tracker.metrics(metrics, step=row.nfe)
         if row.images_per_second:  # else others drew them
             sampling = row.num_samples / row.images_per_second
             self.bill.add("evaluate", worker_seconds=sampling, network_calls=float(row.num_samples * row.nfe))
-        if row.stage and row.samples == f"{self.student(row.stage).key}.npz":
-            tracker = self._stage_tracker(self.job(row.stage))
-            tracker.metrics(metrics, step=self.recipe.stages[row.stage].num_steps)
-            tracker.finish("FINISHED")
 
     def report(self, rows: list[Row]) -> Report:
         """Write report.json, report.html and the pictures."""
         with self.phase("report", billed=False):
             report = self._write_report(rows)
-            for phase in report.phases:
-                self.tracker.metrics(metrics_of(phase), step=0)
+            self._track(report)
             figures = self.dir.path / "figures"
             for picture in sorted(figures.glob("*.png")):
                 self.tracker.figure(picture.stem, picture)
@@ -285,6 +298,20 @@ class Run(Assembly):
                 self.tracker.artifact(self.dir.path / name)
             self.tracker.flush()
         return report
+
+    def _track(self, report: Report) -> None:
+        """Tell the store what came out, under the same names in every run and stage."""
+        for phase in report.phases:
+            self.tracker.summary(metrics_of(phase), step=0)
+        self.tracker.tags({**measured_by(report), **description(report.rows)})
+        if best := best_student(report.rows):
+            self.tracker.summary(summary_of(best, "best/"), step=0)
+            self.tracker.tags(best_tags(best))
+        for row in report.rows:
+            if row.stage and row.samples == f"{self.student(row.stage).key}.npz":
+                child = self._stage_tracker(self.job(row.stage), reopen=False)
+                child.summary(summary_of(row), step=self.recipe.stages[row.stage].num_steps)
+                child.tags(measured_by(report))
 
     def _write_report(self, rows: list[Row]) -> Report:
         reference = {

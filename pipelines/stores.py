@@ -31,8 +31,15 @@ class TrackConfig:
     """MLflow tracking URI; empty: $MLFLOW_TRACKING_URI, else the sqlite file `mlflow.db` beside the run directories."""
     experiment: str = ""
     """Experiment that groups the runs; empty: the recipe's name."""
+    register: str = ""
+    """Registered model that the best student becomes a version of, at the end of `hdistill run`; empty: none."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]*", self.register):
+            raise ValueError(
+                f"track.register is {self.register!r}: a registered model's name has letters, digits, dots, dashes and"
+                " underscores"
+            )
         if self.uri:
             _check_uri(self.uri, "track.uri")
         if redact(self.uri) != self.uri:

@@ -30,6 +30,7 @@ from pipelines.journal import (
     shortened,
     texts,
 )
+from pipelines.registry import register
 from pipelines.storage import local_copy, local_stand_in
 from pipelines.stores import TrackConfig, artifact_folder, quiet_environment, sqlite_file, tracking_uri
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 KEY_TAG = "hdistill.key"
 CHANGED_TAG = "hdistill.params_changed"
-_PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 # MLflow's limits.
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 250, 6000, 8000, 100, 1000
 
@@ -60,6 +61,10 @@ class Tracker(Protocol):
         """Record numbers at a step; a step that an earlier session of the same run reached is left as it is."""
         ...
 
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        """Record what came out: the latest numbers count, and the same again leave no second point."""
+        ...
+
     def figure(self, name: str, path: Path) -> None:
         """Record a picture as `figures/<name>.<suffix>`; the file must stay until it is sent."""
         ...
@@ -76,8 +81,15 @@ class Tracker(Protocol):
         """Record words to search by; the latest value counts."""
         ...
 
-    def child(self, name: str, tags: Mapping[str, object]) -> "Tracker":
-        """The run called `name` inside this one: the same one again after a resume."""
+    def register(self, name: str, path: Path, tags: Mapping[str, object]) -> None:
+        """Make an exported generator a version of the registered model `name`, once; the files must stay until then."""
+        ...
+
+    def child(self, name: str, tags: Mapping[str, object], *, reopen: bool = True) -> "Tracker":
+        """The run called `name` inside this one: the same one again after a resume.
+
+        Without `reopen` it only takes more entries: its status and end stay, and one that is new is finished at once.
+        """
         ...
 
     def flush(self) -> bool:
@@ -96,12 +108,14 @@ class NoopTracker:
 
     def params(self, values: Mapping[str, object]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def summary(self, values: Mapping[str, float], step: int) -> None: ...
     def figure(self, name: str, path: Path) -> None: ...
     def artifact(self, path: Path, folder: str = "") -> None: ...
     def folder(self, path: Path, name: str) -> None: ...
     def tags(self, values: Mapping[str, object]) -> None: ...
+    def register(self, name: str, path: Path, tags: Mapping[str, object]) -> None: ...
 
-    def child(self, name: str, tags: Mapping[str, object]) -> "NoopTracker":
+    def child(self, name: str, tags: Mapping[str, object], *, reopen: bool = True) -> "NoopTracker":
         return self
 
     def flush(self) -> bool:
@@ -119,6 +133,7 @@ class MlflowTracker:
         self.run_id: str = run.info.run_id
         self.key: str = run.data.tags.get(KEY_TAG, self.run_id)
         self._params = dict(run.data.params)
+        self._latest = dict(run.data.metrics)
         self._reached = {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
     def params(self, values: Mapping[str, object]) -> None:
@@ -146,6 +161,15 @@ class MlflowTracker:
         for batch in _batches(new, _METRICS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=batch)
 
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        given, at = {_legal(key): float(value) for key, value in values.items()}, now_milliseconds()
+        new = {key: value for key, value in given.items() if self._latest.get(key) != value}
+        for batch in _batches((Metric(key, value, at, step) for key, value in new.items()), _METRICS_PER_BATCH):
+            self._client.log_batch(self.run_id, metrics=batch)
+        self._latest |= new
+
     def figure(self, name: str, path: Path) -> None:
         target = PurePosixPath("figures", name)
         _check_exists(path)
@@ -170,11 +194,25 @@ class MlflowTracker:
         for batch in _batches((RunTag(key, text) for key, text in tags.items()), _PARAMS_PER_BATCH):
             self._client.log_batch(self.run_id, tags=batch)
 
-    def child(self, name: str, tags: Mapping[str, object], at: int | None = None) -> "MlflowTracker":
-        key, tags = child_key(self.key, name), {**tags, _PARENT_TAG: self.run_id}
-        if run := _find_run(self._client, key, self._experiment_id):
+    def register(self, name: str, path: Path, tags: Mapping[str, object]) -> None:
+        _check_exists(path)
+        with local_copy(path) as folder:
+            register(self._client, self.run_id, name, folder, texts(tags))
+
+    def child(
+        self, name: str, tags: Mapping[str, object], at: int | None = None, *, reopen: bool = True
+    ) -> "MlflowTracker":
+        key, tags = child_key(self.key, name), {**tags, PARENT_TAG: self.run_id}
+        run = _find_run(self._client, key, self._experiment_id)
+        if run and reopen:
             return _reopened(self._client, run, tags)
-        return _created(self._client, self._experiment_id, key, name, tags, at)
+        tracker = MlflowTracker(self._client, run) if run else None
+        tracker = tracker or _created(self._client, self._experiment_id, key, name, tags, at)
+        if run:
+            tracker.tags(tags)
+        elif not reopen:
+            tracker.finish("FINISHED", at)
+        return tracker
 
     def flush(self) -> bool:
         return True
@@ -231,7 +269,7 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
         elif file and not file.exists():  # MLflow would make an empty store, say on the wrong machine
             raise LookupError(f"{file} is not there")
-        return _client(self.uri)
+        return client_of(self.uri)
 
     def _experiment_id(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException
@@ -290,7 +328,7 @@ def attach(config: TrackConfig, *, run_id: str, run_dir: Path, default_store: Pa
     return BufferedTracker(sender, run_id)
 
 
-def _client(uri: str) -> "MlflowClient":
+def client_of(uri: str) -> "MlflowClient":
     quiet_environment()
     from mlflow import MlflowClient
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "flops": {"RECIPE", "--set"},
     "sample": ON_A_RECIPE | {"--stage", "--num", "--label", "--prompt", "--steps", "--guidance", "--seed", "--out"},
     "report": {"RUN_DIR"},
+    "compare": {"RUN_DIR...", "--query", "--store", "--out"},
     "ui": {"--store", "--host", "--port"},
     "recipes": {"NAME"},
     "assets build": {"--out", "--seed"},

@@ -27,6 +27,7 @@ FREE = {
     "track.enabled",
     "track.uri",
     "track.experiment",
+    "track.register",
     "train.num_workers",
     "train.cpus_per_worker",
     "train.gpus_per_worker",

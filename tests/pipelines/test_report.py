@@ -378,7 +378,7 @@ def test_samples_that_cannot_be_read_are_noted(tmp_path: Path, content: object, 
         path.write_bytes(content)
     elif isinstance(content, dict):
         np.savez(path, **content)
-    loaded, notes = report_page._load_samples(rows, tmp_path / "evaluate")
+    loaded, notes = report_page.load_samples(rows, tmp_path / "evaluate")
     assert [kept.row for kept in loaded] == rows[1:]
     assert len(notes) == 1 and reason in notes[0]
     assert notes[0].startswith("No pictures of SFD, 2 calls: cannot read evaluate/sfd_flow_map_2.npz (")

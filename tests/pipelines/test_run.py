@@ -142,9 +142,33 @@ def test_the_tracker_has_one_finished_run_with_a_child_for_each_stage(finished: 
     assert parent.data.tags["fingerprint"] == finished.recipe.fingerprint
     assert parent.data.params["stages.sketch.num_steps"] == "5"
     assert "fid_digits" in {key.split("/")[1] for key in parent.data.metrics}
+    best = min(
+        (row for row in read_report(finished.run_dir / "report.json").rows if row.stage), key=lambda row: row.fid
+    )
+    assert parent.data.metrics["best/fid"] == best.fid and parent.data.tags["best.stage"] == best.stage
+    assert "| generator | stage |" in parent.data.tags["mlflow.note.content"]
     history = client.get_metric_history(runs["sketch"].info.run_id, "loss/mean_velocity")
     curve = losses(finished.run_dir)["sketch"]
     assert [(point.step, point.value) for point in history] == [(p["step"], p["loss/mean_velocity"]) for p in curve]
+
+
+def test_every_stage_has_the_same_metrics_and_tags(finished: Finished):
+    client = MlflowClient(f"sqlite:///{default_store(RunDir(finished.run_dir))}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    stages = client.search_runs([experiment.experiment_id], "tags.stage != ''")
+    rows = {row.samples: row for row in read_report(finished.run_dir / "report.json").rows}
+    own = {run.info.run_name: rows[f"{run.info.run_name}-flow_map-{run.data.metrics['nfe']:g}.npz"] for run in stages}
+    assert own.keys() == set(STAGES)
+    for run in stages:
+        row, found = own[run.info.run_name], run.data.metrics
+        for name in ("fid", "kid", "precision", "recall", "nfe", "train_seconds", "images_per_second"):
+            assert found[name] == getattr(row, name)
+        assert [found["fid_low"], found["fid_high"]] == row.intervals["fid"]
+        tags = {key: value for key, value in run.data.tags.items() if "." not in key}
+        assert tags["recipe"] == "tiny" and tags["features"] == "digits" and tags["num_samples"] == "200"
+        assert len(tags["teacher_fingerprint"]) == len(tags["data"]) == len(tags["features_sha256"]) == 64
+    assert {run.data.tags["objective"] for run in stages} == {"mean_velocity", "dmd", "sfd"}
 
 
 # Again

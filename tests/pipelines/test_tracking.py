@@ -107,6 +107,7 @@ def test_trackers_keep_the_protocol(store: Path, tmp_path: Path, client: MlflowC
     for tracker in trackers:
         tracker.params({"a": 1})
         tracker.metrics({"loss": 1.0}, 1)
+        tracker.summary({"fid": 1.0}, 1)
         tracker.tags({"b": 2})
         tracker.artifact(tmp_path / "a.txt")
         tracker.child("inner", {}).finish()
@@ -271,6 +272,32 @@ def test_a_kill_between_sending_and_forgetting_repeats_nothing(
     assert _journal(tmp_path) == []
     assert again.run_id == tracker.run_id and len(_runs(client, "killed")) == 1
     assert [step for step, _ in _steps(client, stage.run_id, "loss")] == list(range(5))
+
+
+def test_a_summary_is_what_came_out_last(store: Path, tmp_path: Path, client: MlflowClient) -> None:
+    tracker = _open(store, tmp_path, name="summed")
+    tracker.summary({"best/fid": 3.0, "best/nfe": 1}, 0)
+    again = _open(store, tmp_path, resume=tracker.run_id, name="summed")
+    again.summary({"best/fid": 2.5, "best/nfe": 1}, 0)
+    again.summary({"best/fid": 2.5, "best/nfe": 1}, 0)
+    assert client.get_run(tracker.run_id).data.metrics == {"best/fid": 2.5, "best/nfe": 1}
+    assert _steps(client, tracker.run_id, "best/nfe") == [(0, 1.0)]
+    assert sorted(_steps(client, tracker.run_id, "best/fid")) == [(0, 2.5), (0, 3.0)]
+
+
+def test_a_finished_stage_takes_more_entries_without_being_opened_again(
+    store: Path, tmp_path: Path, client: MlflowClient
+) -> None:
+    tracker = _open(store, tmp_path, name="parent")
+    stage = tracker.child("sketch", {})
+    stage.finish("FAILED")
+    ended = client.get_run(stage.run_id).info
+    tracker.child("sketch", {"features": "digits"}, reopen=False).summary({"fid": 1.0}, 5)
+    run = client.get_run(stage.run_id)
+    assert (run.info.status, run.info.end_time) == (ended.status, ended.end_time) == ("FAILED", ended.end_time)
+    assert run.data.tags["features"] == "digits" and run.data.metrics == {"fid": 1.0}
+    new = tracker.child("unseen", {"stage": "unseen"}, reopen=False)
+    assert client.get_run(new.run_id).info.status == "FINISHED"
 
 
 def test_what_waits_moves_to_another_store(store: Path, tmp_path: Path, client: MlflowClient) -> None:
