@@ -201,8 +201,13 @@ def read_json(path: Path) -> Any:
 class RunDir:
     """Where one run keeps everything it makes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, shared: Path | None = None, own_stage: str = "", references: Path | None = None
+    ) -> None:
+        """``shared`` holds, for several runs, what they read and every stage but each one's ``own_stage``."""
+        self.path, self._shared, self._own_stage = path, shared or path, own_stage
+        self.references = references or path / "evaluate" / "reference"
+        """Features of the real images that generators are compared with."""
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -235,22 +240,22 @@ class RunDir:
     @property
     def trajectories(self) -> Path:
         """Teacher trajectories: shards and manifest."""
-        return self.path / "trajectories"
+        return self._shared / "trajectories"
 
     @property
     def images(self) -> Path:
         """Real training images: shards and manifest."""
-        return self.path / "images"
+        return self._shared / "images"
 
     @property
     def latents(self) -> Path:
         """Real training images as the teacher's latents: shards and manifest."""
-        return self.path / "latents"
+        return self._shared / "latents"
 
     @property
     def prompts(self) -> Path:
         """Text embeddings of the run's prompts: shards and manifest."""
-        return self.path / "prompts"
+        return self._shared / "prompts"
 
     @property
     def evaluation(self) -> Path:
@@ -260,12 +265,12 @@ class RunDir:
     @property
     def holds_results(self) -> bool:
         """Whether anything was computed here that another recipe would clash with."""
-        made = (self.prompts, self.trajectories, self.images, self.latents, self.path / "stages", self.evaluation)
-        return any(part.is_dir() for part in made)
+        made = ("prompts", "trajectories", "images", "latents", "stages", "evaluate")
+        return any((self.path / part).is_dir() for part in made)
 
     def stage(self, name: str) -> Path:
         """Checkpoints, curve and final weights of one stage."""
-        return self.path / "stages" / name
+        return (self.path if name == self._own_stage else self._shared) / "stages" / name
 
     @contextmanager
     def locked(self, say: Callable[[str], None] = lambda _text: None) -> Iterator[None]:

@@ -191,7 +191,7 @@ class Assembly(Inputs):
 
     @property
     def _library(self) -> Library:
-        folder = self.dir.evaluation / "reference"
+        folder = self.dir.references
         return Library(folder=folder, splits=self.splits, actors=self.recipe.evaluate.actors, progress=self.progress)
 
     def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -211,6 +211,42 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 
 
 @main.command()
+@click.argument("space")
+@_reads_recipe
+@click.option("--run-dir", type=_Location(), help="Directory of the sweep. [default: runs/NAME-SPACE]")
+@click.option("--stage", default="", help="The stage that is searched. [default: the first that fits]")
+@click.option("--trials", default=30, show_default=True, help="Trials that the sampler draws.")
+@click.option(
+    "--sampler", type=click.Choice(["tpe", "cma_es", "random"]), default="tpe", show_default=True, help="Who."
+)
+@click.option("--scheduler", type=click.Choice(["none", "asha", "median"]), default="none", show_default=True,
+              help="Who stops trials early.")  # fmt: skip
+@click.option(
+    "--metric", default="probe/fid", show_default=True, help="What trials are scored by: also probe/diversity."
+)
+@click.option("--rungs", default=4, show_default=True, help="How often a trial is scored, its end included.")
+@click.option("--samples", default=2000, show_default=True, help="Samples behind a score.")
+@click.option("--random", "num_random", default=0, show_default=True, help="Trials by chance alone, to compare with.")
+@click.option("--finalists", default=3, show_default=True, help="Best trials that meet the baselines at fresh seeds.")
+@click.option("--seeds", default=3, show_default=True, help="Those seeds.")
+@click.option("--slots", type=int, help="Trials side by side. [default: as many as there is room for]")
+@click.option("--cpus-per-trial", default=1.0, show_default=True, help="CPUs of each.")
+@click.option("--gpus-per-trial", default=0.0, show_default=True, help="GPUs of each; may be a fraction.")
+def tune(space: str, recipe: "Recipe", run_dir: Path | None, **asked: Any) -> None:
+    """Search SPACE with RECIPE: baselines, a search, the best of both at fresh seeds, the winner as a recipe.
+
+    SPACE is awd_weighting, dmd_balance, meanflow_sampler, sfd_schedule, or a YAML file of your own (docs/tuning.md).
+    Trials share what comes before the searched stage. What was interrupted goes on when the same command is given
+    again: no trial is lost or run twice.
+    """
+    from pipelines.process import prepare_process
+    from pipelines.tuning.command import tune as search
+
+    prepare_process()
+    search(space, recipe, run_dir or Path("runs") / f"{recipe.name}-{Path(space).stem}", _console(), **asked)
+
+
+@main.command()
 @click.argument("pictures")
 @click.argument("reference")
 @click.option("--features", default="inception", show_default=True, help="Feature net, as in evaluate.features.")

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ HEARTBEAT_SECONDS = 10.0
 """Between two renewals of a lease; after three without one it may be taken over."""
 _SHARED = ("9p", "afs", "beegfs", "ceph", "cifs", "fuse.", "glusterfs", "gpfs", "lustre", "nfs", "smb", "virtiofs")
 _MOUNTS = Path("/proc/self/mounts")
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 Say = Callable[[str], None]
 
@@ -81,6 +82,26 @@ def held(folder: Path, say: Say) -> Iterator[None]:
     shared = is_remote(folder) or _is_shared(folder)
     own = nullcontext() if is_remote(folder) else _locked(folder, enough=not shared)
     with own, _leased(folder, say) if shared else nullcontext():
+        yield
+
+
+@contextmanager
+def awaited(folder: Path, say: Say, seconds: float) -> Iterator[None]:
+    """Hold a directory as soon as whoever holds it lets go.
+
+    Raises:
+        ValueError: it was still held after so many seconds, or was taken over.
+    """
+    latest = time.monotonic() + seconds
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held(folder, say))
+                break
+            except ValueError:
+                if time.monotonic() > latest:
+                    raise
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
         yield
 
 

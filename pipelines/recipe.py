@@ -260,14 +260,27 @@ def load(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
         ValueError: there is no such recipe, or it or a setting is wrong.
     """
     path = find(name_or_path)
+    values = read_yaml(path, "recipe")
+    recipe = from_dict({"name": path.stem, **values}, str(name_or_path))
+    return override(recipe, dict(parse_setting(setting) for setting in settings))
+
+
+def read_yaml(path: Path, what: str) -> Mapping[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(_field_names(Recipe))}")
-    recipe = from_dict({"name": path.stem, **values}, str(name_or_path))
-    return override(recipe, dict(parse_setting(setting) for setting in settings))
+        keys = f" with the keys {', '.join(_field_names(Recipe))}" if what == "recipe" else ""
+        raise ValueError(f"{path} must hold a mapping{keys}")
+    return values
 
 
 def to_yaml(recipe: Recipe) -> str:

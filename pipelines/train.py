@@ -46,7 +46,7 @@ def train_stage(job: StageJob, watch: Callable[[], Watch] = Watch) -> None:
         validation_config=_validation(job),
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex}",
-            **_stored(storage),
+            **ray_storage(storage),
             failure_config=FailureConfig(max_failures=job.train.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
@@ -83,8 +83,8 @@ def _reserved(job: StageJob) -> dict[str, float]:
     }
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """Where Ray keeps its own record."""
+def ray_storage(folder: Path) -> dict[str, Any]:
+    """Where Ray keeps its own record of a job, as a RunConfig has it."""
     if not is_remote(folder):
         return {"storage_path": str(folder.resolve())}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -182,7 +182,7 @@ def _scaling(train: TrainConfig) -> Any:
 def _train_loop(config: dict[str, Any]) -> Exception | None:
     """One worker's life. A mistake of the user's is returned, since Ray would try again after a raised one."""
     job: StageJob = config["job"]
-    group = Group.current()
+    group = Group.current() if job.train.num_workers else Group()
     prepare_process(job.train.cpus_per_worker if job.train.num_workers else None)
     watch = config["watch"]() if group.rank == 0 else Watch()
     report = RayReport(group) if job.train.num_workers else None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hd_core.times import positions
+from hd_core.types import Condition
 from pipelines.recipe import Recipe, load, override
 from tune_spaces import SPACES, sfd_schedule
 from tune_spaces.space import Choice, Integer, Uniform
@@ -94,9 +95,38 @@ def test_baselines_are_the_named_grids():
     nearest = int((stored - sigma / (1 + sigma)).abs().argmin())
     assert places["polynomial, rho 7"] == [0, nearest, 48]
     assert places["arctan, data std 0.5"] == [0, 32, 48]
-    assert len(places) == 8 and len(sfd_schedule.RHOS) == 5
+    assert len(places) == 9 and len(sfd_schedule.RHOS) == 5
+    assert places["hand-set"] == places["equal steps of t"]  # which is what the recipe says
     for values in space.baselines.values():
         assert not values["afs"]
+
+
+def test_hand_set_is_the_recipes_own_schedule():
+    grid = "{knots: [0.25]}"
+    recipe = load("digits", [f"stages.sfd_2.objective.grid={grid}", "stages.sfd_2.objective.afs=true"])
+    space = SPACES["sfd_schedule"](recipe.to_dict(), "sfd_2")
+    assert space.baselines["hand-set"] == {"places": [0, 36, 48], "afs": True}
+    same = override(recipe, space.overrides(space.baselines["hand-set"])).stages["sfd_2"].objective
+    assert same.sampling_grid().tolist() == recipe.stages["sfd_2"].objective.sampling_grid().tolist()
+
+
+def test_programmed_schedules_are_stored_times_and_good_ones():
+    stored = torch.linspace(1, 0, 49, dtype=torch.float64)
+    std, noise = 0.5, torch.randn(64, 1, 2, 2, dtype=torch.float64)
+
+    def scale(t: torch.Tensor) -> torch.Tensor:
+        return ((1 - t) ** 2 * std**2 + t**2).sqrt()
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, _condition: Condition) -> torch.Tensor:
+        t = t.reshape(-1, 1, 1, 1)
+        return x * (t - (1 - t) * std**2) / scale(t) ** 2
+
+    states = [noise * scale(t) for t in stored]
+    found = sfd_schedule.programmed(2, velocity, states, stored, Condition())
+    assert list(found) == ["GITS, gamma 0.9", "GITS, gamma 1", "GITS, gamma 1.15", "OSS"]
+    for values in found.values():  # arctan is the best for Gaussian data: [0, 32, 48]
+        first, middle, last = values["places"]
+        assert (first, last) == (0, 48) and 24 <= middle <= 38 and not values["afs"]
 
 
 # Mistakes

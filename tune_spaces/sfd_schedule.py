@@ -5,17 +5,19 @@ its times (`hd_core.schedules`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from hd_core.schedules import Places, arctan, from_gaps, log_snr, nearest, polynomial
-from hd_core.times import GridConfig
-from hd_core.types import Grid
+from hd_core.schedules import Places, arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial
+from hd_core.times import GridConfig, positions
+from hd_core.types import Condition, Grid, Images, Velocity
 from tune_spaces.space import Changes, Choice, Distribution, Space, Uniform, Values, first_stage
 
 FINE = 48
 """Intervals of the fine grid at least."""
 RHOS = (3, 5, 7, 9, 11)
+GAMMAS = (0.9, 1.0, 1.15)
 _DATA_STD = 0.5
 
 
@@ -39,8 +41,27 @@ def space(recipe: Values, stage: str = "") -> Space:
         parameters={**gaps, "tail": Choice(values=[0, 1, 2]), "afs": Choice(values=[False, True])},
         changes=lambda values: _changes(name, calls, stored, values),
         always={"precompute.intervals": len(stored) - 1},
-        baselines={title: {"places": places, "afs": False} for title, places in baselines(calls, stored).items()},
+        baselines={
+            "hand-set": {"places": _own(objective, stored), "afs": objective["afs"]},
+            **{title: {"places": places, "afs": False} for title, places in baselines(calls, stored).items()},
+        },
+        from_trajectories=partial(programmed, calls),
     )
+
+
+def _own(objective: Values, stored: Grid) -> Places:
+    """The recipe's own times."""
+    return positions(stored, _grid(objective["grid"]).times(objective["intervals"]))
+
+
+def programmed(
+    steps: int, velocity: Velocity, states: Sequence[Images], times: Grid, condition: Condition
+) -> dict[str, Values]:
+    """The schedules of GITS, at some discounts, and of OSS."""
+    costs = euler_costs(velocity, states, times, condition)
+    found = {f"GITS, gamma {gamma:g}": gits(costs, steps, gamma) for gamma in GAMMAS}
+    found["OSS"] = oss(velocity, states, times, condition, steps)
+    return {title: {"places": places, "afs": False} for title, places in found.items()}
 
 
 def baselines(steps: int, stored: Grid) -> dict[str, Places]:
@@ -62,9 +83,11 @@ def _fits(stage: Values) -> bool:
 def _stored(precompute: Values) -> Grid:
     """The fine grid: the recipe's own, subdivided until it is fine."""
     given: int = precompute["intervals"]
-    settings: Mapping[str, Any] = precompute["grid"]
-    grid = GridConfig(**{**settings, "betas": tuple(settings["betas"]), "knots": tuple(settings["knots"])})
-    return grid.times(given * math.ceil(FINE / given))
+    return _grid(precompute["grid"]).times(given * math.ceil(FINE / given))
+
+
+def _grid(settings: Mapping[str, Any]) -> GridConfig:
+    return GridConfig(**{**settings, "betas": tuple(settings["betas"]), "knots": tuple(settings["knots"])})
 
 
 def places_of(values: Values, calls: int, points: int) -> Places:

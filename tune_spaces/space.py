@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from hd_core.types import Condition, Grid, Images, Velocity
+
 Values = Mapping[str, Any]
 Changes = dict[str, Any]
 """Fields of a recipe by dotted key."""
+FromTrajectories = Callable[[Velocity, Sequence[Images], Grid, Condition], Mapping[str, Values]]
+"""From the teacher's velocity, the states at each time of a grid, the grid, and what the rows are of: draws by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,9 @@ class Space:
     always: Changes = field(default_factory=dict)
     """What every trial changes, so that all of them can share what is made once."""
     baselines: Mapping[str, Values] = field(default_factory=dict)
-    """Draws to compare with, by what a table calls them."""
+    """Draws to compare with, by what a table calls them; ``hand-set`` is the recipe as it is."""
+    from_trajectories: FromTrajectories | None = None
+    """Further baselines, found on some of the teacher's trajectories that are stored."""
 
     def draw(self, seed: str) -> dict[str, Any]:
         """Every parameter by chance alone, from a seed."""

@@ -38,6 +38,9 @@ COMMANDS = {
     "sample": ON_A_RECIPE | {"--stage", "--num", "--label", "--prompt", "--steps", "--guidance", "--seed", "--out"},
     "report": {"RUN_DIR"},
     "compare": {"RUN_DIR...", "--query", "--store", "--out"},
+    "tune": ON_A_RECIPE
+    | {"SPACE", "--stage", "--trials", "--sampler", "--scheduler", "--metric", "--rungs", "--samples", "--random"}
+    | {"--finalists", "--seeds", "--slots", "--cpus-per-trial", "--gpus-per-trial"},
     "ui": {"--store", "--host", "--port"},
     "recipes": {"NAME"},
     "assets build": {"--out", "--seed"},

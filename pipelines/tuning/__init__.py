@@ -1,0 +1,1 @@
+"""Sweeps: a space of `tune_spaces` searched with one recipe, on Ray Tune and Optuna."""

@@ -1,0 +1,327 @@
+"""A sweep: baselines, a search, the best of both at fresh seeds on held-out images, and the winner as a recipe.
+
+In its directory::
+
+    sweep.json     what it is; another space, recipe or score is refused
+    shared/        what trials share, made once: trajectories, images, the stages before the one that is searched
+    trials/        a directory for each, with trial.json
+    winner.yaml, sweep_report.json, sweep.html, figures/
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pipelines.artifacts import RunDir, ensure_same, read_json, write_json, write_text
+from pipelines.locks import held
+from pipelines.progress import bar
+from pipelines.recipe import determining, override, to_yaml
+from pipelines.run import Run, default_store, ending
+from pipelines.storage import remove_tree
+from pipelines.tracking import NoopTracker, Tracker, open_tracker
+from pipelines.tuning.results import Candidate, candidates, finalists
+from pipelines.tuning.search import RAY_FOLDER, Rooms, SearchConfig, perform_all, search
+from pipelines.tuning.sweep_page import render_sweep
+from pipelines.tuning.sweep_report import SweepReport, costs_of
+from pipelines.tuning.trial import Trial, prepare, stored_trials
+from pipelines.tuning.work import METRICS, Work
+
+_ROWS = 128
+"""Stored trajectories from which programmed schedules are found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What a sweep does besides searching."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    num_random: int = 0
+    """Trials drawn by chance alone, to compare the search with."""
+    num_finalists: int = 3
+    """Best trials that meet the baselines at fresh seeds."""
+    num_seeds: int = 3
+    """Those seeds."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_random, self.num_finalists, self.num_seeds) < 0:
+            raise ValueError("random, finalists and seeds must not be negative")
+
+
+class Sweep:
+    """One space searched with one recipe, in one directory."""
+
+    def __init__(self, work: Work, name: str, config: SweepConfig, console: Console) -> None:
+        """``name`` is the space's."""
+        self.work, self.name, self.config, self.console = work, name, config, console
+        self.folder = work.sweep
+        self.tracker: Tracker = NoopTracker()
+        self._deaths: list[str] = []
+
+    def execute(self) -> SweepReport:
+        """Do all that is not done.
+
+        Raises:
+            ValueError: the directory holds another sweep; no trial fits the machine; or no trial could be scored.
+            ChildProcessError: the process of a trial died again and again.
+        """
+        RunDir.create(self.folder)
+        with held(self.folder, self.say):
+            self._claim()
+            for left in self.folder.glob(f"{RAY_FOLDER}*"):  # by a session that was killed
+                remove_tree(left)
+            self._open_tracker()
+            try:
+                report = self._all()
+                self.tracker.finish("FINISHED")
+            except BaseException as error:
+                self.tracker.finish(ending(error))
+                raise
+        return report
+
+    def _all(self) -> SweepReport:
+        self._session = _Session(self.folder)
+        self.rooms = Rooms(self.config.search, self.work)
+        for trial in stored_trials(self.folder):
+            self._log(trial)
+        shared = self._prepare(self.work.recipe.seed, final=False)
+        baselines = [self._trial("baseline", name, values) for name, values in self._baselines(shared).items()]
+        chance = [
+            self._trial("random", "", self.work.space.draw(f"{self.config.search.seed}-random-{number}"))
+            for number in range(self.config.num_random)
+        ]
+        self._perform("baselines", baselines)
+        self._perform("random search", chance)
+        self._search()
+        finals = self._finals(baselines)
+        trials = stored_trials(self.folder)
+        costs = costs_of(self._session.times, trials, self.folder, self.rooms.slots)
+        report = SweepReport.of(self.work, self.name, trials, baselines, finals, costs)
+        self._leave(report)
+        return report
+
+    # What it is
+
+    def _claim(self) -> None:
+        work = self.work
+        wanted = {
+            "space": self.name,
+            "stage": work.space.stage,
+            "parameters": {name: repr(one) for name, one in work.space.parameters.items()},
+            "recipe": determining(work.recipe.to_dict()),
+            "score": {"metric": work.metric, "rungs": work.rungs, "num_samples": work.num_samples},
+        }
+        path = self.folder / "sweep.json"
+        if (made_with := read_json(path)) is not None:
+            ensure_same(f"the sweep in {self.folder}", made_with, wanted)
+        write_json(path, wanted)
+
+    def _open_tracker(self) -> None:
+        path, recipe = self.folder / "run.json", self.work.recipe
+        state = read_json(path) or {}
+        tags = {"recipe": recipe.name, "space": self.name, "kind": "sweep", "fingerprint": recipe.fingerprint}
+        self.tracker = open_tracker(
+            recipe.track,
+            recipe_name=recipe.name,
+            run_name=self.folder.name,
+            run_dir=self.folder,
+            default_store=default_store(RunDir(self.folder)),
+            resume_run_id=state.get("run_id"),
+            tags={**tags, "hdistill": version("hdistill")},
+        )
+        self.tracker.params({"space": self.name, "metric": self.work.metric, "search": asdict(self.config.search)})
+        self._children: dict[str, Tracker] = {}
+        write_json(path, {**state, "run_id": self.tracker.run_id})
+
+    # What is made once
+
+    def _prepare(self, seed: int, *, final: bool) -> Path:
+        recipe = self.work.trial_recipe(self.work.space.always, seed, final=final)
+        started = time.perf_counter()
+        folder = prepare(self.work, recipe, self.console)
+        self._session.prepared(time.perf_counter() - started)
+        return folder
+
+    def _baselines(self, shared: Path) -> Mapping[str, Mapping[str, Any]]:
+        space = self.work.space
+        if space.from_trajectories is None:
+            return space.baselines
+        recipe = self.work.trial_recipe(space.always, self.work.recipe.seed, final=False)
+        run = Run(recipe, RunDir(shared), self.console)
+        rows = run.trajectories.read([0])
+        states = torch.from_numpy(rows.values[:_ROWS].copy()).float().unbind(1)
+        condition = run.reader.condition(torch.from_numpy(rows.labels[:_ROWS].copy()))
+        grid = recipe.precompute.grid.times(recipe.precompute.intervals)
+        velocity = run.teacher.velocity(recipe.teacher.guidance_scale)
+        device = run.teacher.device
+        with torch.no_grad():
+            found = space.from_trajectories(velocity, [x.to(device) for x in states], grid, condition.to(device))
+        return {**space.baselines, **found}
+
+    # Trials
+
+    def _trial(self, kind: Any, name: str, values: Mapping[str, Any], seed: int | None = None) -> Trial:
+        return Trial(
+            kind=kind,
+            name=name,
+            values=dict(values),
+            changes=self.work.space.overrides(values),
+            seed=self.work.recipe.seed if seed is None else seed,
+        )
+
+    def _perform(self, title: str, trials: Sequence[Trial]) -> None:
+        """Perform those that have not ended."""
+        ended = {trial.key for trial in stored_trials(self.folder) if trial.state != "running"}
+        left = list({trial.key: trial for trial in trials if trial.key not in ended}.values())
+        if not left:
+            return
+        with bar(self.console, title, len(left)) as show, self._session.working():
+            perform_all(self.work, left, self.rooms, self._watcher(title, len(left), show))
+        self._raise_deaths()
+
+    def _search(self) -> None:
+        """Draw until there are as many trials as are asked for, or nothing new is drawn."""
+        wanted, before = self.config.search.num_trials, -1
+        while before < (there := len(self._searched())) < wanted:
+            before = there
+            with bar(self.console, "search", wanted) as show, self._session.working():
+                watcher = self._watcher("search", wanted, show, there)
+                search(self.work, self.config.search, stored_trials(self.folder), self.rooms, watcher)
+            self._raise_deaths()
+        if there < wanted:
+            self.say(f"the space holds no more than the {there} different trials that were found: the search ends here")
+
+    def _searched(self) -> list[Trial]:
+        return [one for one in stored_trials(self.folder) if one.kind == "search" and one.state != "running"]
+
+    def _finals(self, baselines: Sequence[Trial]) -> dict[str, list[Trial]]:
+        """The best and the baselines, each at fresh seeds; by the name of its candidate."""
+        chosen = finalists(
+            candidates(stored_trials(self.folder), baselines),
+            METRICS[self.work.metric],
+            self.config.num_finalists,
+        )
+        if not chosen:
+            raise ValueError(self._why_nothing())
+        seeds = [self.work.recipe.seed + 1 + number for number in range(self.config.num_seeds)]
+        for seed in seeds:
+            self._prepare(seed, final=True)
+        asked = {one.name: [self._final(one, seed) for seed in seeds] for one in chosen}
+        self._perform("finalists", [trial for trials in asked.values() for trial in trials])
+        there = {trial.key: trial for trial in stored_trials(self.folder)}
+        return {name: [there[trial.key] for trial in trials] for name, trials in asked.items()}
+
+    def _final(self, one: Candidate, seed: int) -> Trial:
+        return self._trial("final", one.name, one.trial.values, seed)
+
+    def _why_nothing(self) -> str:
+        mistakes = {trial.mistake for trial in stored_trials(self.folder) if trial.mistake}
+        return f"no trial could be scored: {'; '.join(sorted(mistakes)[:3]) or 'none was asked for'}"
+
+    # Who watches
+
+    def _watcher(self, title: str, total: int, show: Any, ended: int = 0) -> Any:
+        count, better = ended, min if METRICS[self.work.metric] == "min" else max
+
+        def done(trial: Trial) -> None:
+            nonlocal count
+            count += 1
+            show(count)
+            self._session.save()
+            if trial.state == "running":
+                self._deaths.append(f"trial {trial.key}: {trial.mistake}")
+            self._log(trial)
+            scores = [one.score for one in stored_trials(self.folder) if one.score is not None and one.kind != "final"]
+            best = f"   best {better(scores):.4g}" if scores and title != "finalists" else ""
+            self.say(f"  {title} {count}/{total}  {trial.key}  {_outcome(trial)}{best}")
+
+        return done
+
+    def _raise_deaths(self) -> None:
+        if self._deaths:
+            raise ChildProcessError(
+                f"{len(self._deaths)} of the trials' processes died again and again: {'; '.join(self._deaths[:3])}. All"
+                " that has ended is kept: run the same command again, with fewer --slots where memory is short"
+            )
+
+    def _log(self, trial: Trial) -> None:
+        """Tell the tracker of a trial, as a run within the sweep's; telling it again changes nothing."""
+        if trial.key not in self._children:
+            tags = {"kind": trial.kind, "name": trial.name, "trial": trial.key, "space": self.name}
+            self._children[trial.key] = self.tracker.child(f"{trial.name or trial.kind} {trial.key[:6]}", tags)
+            self._children[trial.key].params({**trial.values, "seed": trial.seed})
+        child = self._children[trial.key]
+        for step, score in trial.points:
+            child.metrics({"score": score, self.work.metric: score}, int(step))
+        if trial.row:
+            numbers = {name: value for name, value in trial.row.items() if isinstance(value, float)}
+            child.metrics(numbers, self.work.num_steps)
+        child.tags({"state": trial.state, "mistake": trial.mistake})
+        child.finish("FAILED" if trial.state == "failed" else "FINISHED")
+
+    def say(self, text: str) -> None:
+        """One line to the person who watches."""
+        self.console.print(text, highlight=False)
+
+    # What it leaves
+
+    def _leave(self, report: SweepReport) -> None:
+        winner = report.winner
+        recipe = override(self.work.recipe, winner.changes)
+        write_text(self.folder / "winner.yaml", report.lineage(self.folder) + to_yaml(recipe))
+        write_json(self.folder / "sweep_report.json", report.to_dict())
+        pictures = render_sweep(report, self.work, self.folder)
+        for picture in pictures:
+            self.tracker.figure(picture.stem, picture)
+        for name in ("winner.yaml", "sweep_report.json", "sweep.html"):
+            self.tracker.artifact(self.folder / name)
+        self.tracker.tags({"winner": winner.name})
+        self.tracker.metrics(report.metrics(), step=0)
+        self.tracker.flush()
+
+
+def _outcome(trial: Trial) -> str:
+    if trial.state == "failed":
+        return f"failed: {trial.mistake}"
+    if trial.row:
+        return f"FID {trial.row['fid']:.4g} at seed {trial.seed}, {trial.seconds:.0f} s"
+    how = "stopped early at" if trial.state == "stopped" else "score"
+    return f"{how} {trial.score:.4g}, {trial.seconds:.0f} s" if trial.score is not None else trial.state
+
+
+class _Session:
+    """Seconds of all sessions of a sweep: of making what is shared, and of performing trials."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "times.json"
+        self.times: dict[str, float] = {"trials": 0.0, "sessions": 0, **(read_json(self._path) or {})}
+        self.times["sessions"] += 1
+        self._since: float | None = None
+        self.save()
+
+    def prepared(self, seconds: float) -> None:
+        self.times["preparing"] = self.times.get("preparing", 0.0) + seconds
+        self.save()
+
+    def working(self) -> "_Session":
+        return self
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.save()
+        self._since = None
+
+    def save(self) -> None:
+        """Kept at every ended trial, so that a kill loses little."""
+        if self._since is not None:
+            now = time.perf_counter()
+            self.times["trials"] += now - self._since
+            self._since = now
+        write_json(self._path, self.times)

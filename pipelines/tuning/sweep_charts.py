@@ -1,0 +1,145 @@
+"""Charts of a sweep, as PNG bytes: how the search went, what matters, which values did well, and the finalists."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pipelines.charts import style, to_png
+from pipelines.figures import LIGHT, Theme
+from pipelines.tuning.results import HAND_SET, Finalist
+from pipelines.tuning.trial import Trial
+from tune_spaces.space import Choice, Distribution, Uniform
+
+_KINDS = {"search": "o", "random": "^"}
+_COLOURS = "viridis_r"
+
+
+def history(trials: Sequence[Trial], metric: str, mode: str, *, theme: Theme = LIGHT) -> bytes:
+    """A PNG of the scores in the order in which trials ended, with the best so far, for the search and for chance."""
+    with matplotlib.rc_context(style(theme)):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        axes = figure.add_subplot(xlabel="trials that have ended", ylabel=metric)
+        for kind, marker, colour in zip(_KINDS, _KINDS.values(), theme.students, strict=False):
+            ended = sorted((one for one in trials if one.kind == kind), key=lambda one: one.ended)
+            _draw_history(axes, [one for one in ended if one.score is not None], mode, marker, colour)
+        own = next((one.score for one in trials if HAND_SET in one.name.split(" = ")), None)
+        if own is not None:
+            axes.axhline(own, color=theme.muted, linestyle=(0, (2, 2)), linewidth=1.2, label="the recipe as it is")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=9)
+        return to_png(figure)
+
+
+def _draw_history(axes: Axes, trials: Sequence[Trial], mode: str, marker: str, colour: str) -> None:
+    if not trials:
+        return
+    scores = [one.score or 0.0 for one in trials]
+    places = np.arange(1, len(scores) + 1)
+    early = np.array([one.state == "stopped" for one in trials])
+    known: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "none", "markersize": 5}
+    axes.plot(places[~early], np.array(scores)[~early], label=trials[0].kind, **known)
+    if early.any():
+        axes.plot(places[early], np.array(scores)[early], label="stopped early", fillstyle="none", **known)
+    axes.plot(places, list(accumulate(scores, min if mode == "min" else max)), color=colour, linewidth=1.8)
+
+
+def importance_bars(found: Mapping[str, float], *, theme: Theme = LIGHT) -> bytes:
+    """A PNG with a bar for the share of the scores' variance that each parameter explains."""
+    with matplotlib.rc_context(style(theme)):
+        figure = Figure(figsize=(9, 0.8 + 0.3 * len(found)), layout="constrained")
+        axes = figure.add_subplot(xlabel="share of the scores' variance")
+        places = range(len(found))
+        axes.barh(places, list(found.values()), height=0.62, color="#56B4E9")
+        axes.set_yticks(places, list(found))
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max(found.values()))
+        for place, share in enumerate(found.values()):
+            axes.annotate(f"{share:.2f}", (share, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        return to_png(figure)
+
+
+def parallel_coordinates(
+    trials: Sequence[Trial], parameters: Mapping[str, Distribution], metric: str, *, theme: Theme = LIGHT
+) -> bytes:
+    """A PNG with an axis for each parameter and a line for each draw, coloured by its score."""
+    drawn = [one for one in trials if one.score is not None and set(one.values) == set(parameters)]
+    scores = np.array([one.score for one in drawn])
+    scale = Normalize(scores.min(), np.quantile(scores, 0.9))  # a few bad draws must not take all the colours
+    with matplotlib.rc_context(style(theme)):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        colours = matplotlib.colormaps[_COLOURS]
+        for one, score in sorted(zip(drawn, scores, strict=True), key=lambda pair: -pair[1]):
+            heights = [_height(parameter, one.values[name]) for name, parameter in parameters.items()]
+            axes.plot(heights, color=colours(scale(score)), linewidth=1.3, alpha=0.85)
+        _name_axes(axes, parameters, theme)
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, pad=0.02, label=metric)
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        return to_png(figure)
+
+
+def _height(parameter: Distribution, value: Any) -> float:
+    """Where a value stands on its axis, 0 to 1."""
+    if isinstance(parameter, Choice):
+        return list(parameter.values).index(value) / (len(parameter.values) - 1)
+    if isinstance(parameter, Uniform) and parameter.log:
+        low, high, value = np.log([parameter.low, parameter.high, value])
+        return float((value - low) / (high - low))
+    return (value - parameter.low) / (parameter.high - parameter.low)
+
+
+def _name_axes(axes: Axes, parameters: Mapping[str, Distribution], theme: Theme) -> None:
+    axes.set_xlim(-0.3, len(parameters) - 0.7)
+    axes.set_ylim(-0.06, 1.06)
+    short = [name.rpartition(".")[2] for name in parameters]
+    axes.set_xticks(range(len(parameters)), short, rotation=20 if len(parameters) > 5 else 0)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    for place, parameter in enumerate(parameters.values()):
+        axes.axvline(place, color=theme.rule, linewidth=1, zorder=0)
+        for height, text in _marks(parameter):
+            axes.annotate(text, (place, height), (4, 0), textcoords="offset points", fontsize=7.5, color=theme.muted)
+
+
+def _marks(parameter: Distribution) -> list[tuple[float, str]]:
+    if isinstance(parameter, Choice):
+        return [(_height(parameter, value), str(value)) for value in parameter.values]
+    return [(0.0, f"{parameter.low:.3g}"), (1.0, f"{parameter.high:.3g}")]
+
+
+def finalist_intervals(found: Sequence[Finalist], *, theme: Theme = LIGHT) -> bytes:
+    """A PNG with the FID of each finalist at every seed, its mean and its interval, the best on top."""
+    colours: dict[str, str] = dict(zip(("search", "random", "baseline"), (*theme.students[:2], theme.ink), strict=True))
+    with matplotlib.rc_context(style(theme)):
+        figure = Figure(figsize=(9, 0.9 + 0.3 * len(found)), layout="constrained")
+        axes = figure.add_subplot(xlabel="FID on held-out images (dots: seeds; line: 95% interval of the mean)")
+        for place, one in enumerate(found):
+            known: dict[str, Any] = {"color": colours[one.kind]}
+            axes.plot(list(one.fids.values()), [place] * len(one.fids), "o", markersize=4, alpha=0.5, **known)
+            axes.errorbar(
+                [one.score.mean], [place], xerr=[[one.score.half or 0.0]] * 2, marker="|", markersize=12, **known
+            )
+        axes.set_yticks(range(len(found)), [one.name for one in found])
+        axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
+        axes.invert_yaxis()
+        values = [value for one in found for value in one.fids.values()]
+        axes.set_xlim(*_range(values))
+        return to_png(figure)
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """What is worth seeing: from the least to where all but far outliers lie."""
+    low, middle, high = min(values), float(np.median(values)), max(values)
+    high = min(high, middle + 6 * (middle - low) or high)
+    room = 0.06 * max(high - low, 1e-9)
+    return low - 2 * room, high + room

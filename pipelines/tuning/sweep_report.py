@@ -1,0 +1,205 @@
+"""The report of a sweep: a table for the terminal, `sweep_report.json`, figures, and a page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.artifacts import read_json
+from pipelines.tuning.importance import importances
+from pipelines.tuning.results import Finalist, Interval, candidates, judged
+from pipelines.tuning.trial import Trial
+from pipelines.tuning.work import METRICS, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """What the sweep proposes."""
+
+    name: str
+    changes: dict[str, Any]
+    fid: Interval | None
+    """On held-out images, over seeds; None where there were no finalists."""
+    against: Interval | None
+    """The same minus that of the recipe as it is."""
+    score: float | None
+    """By which the search chose it."""
+    trial: str
+    """Its key among the trials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """All that a sweep has found."""
+
+    space: str
+    stage: str
+    recipe: str
+    metric: str
+    trials: list[Trial]
+    """Baselines and draws, the best score first."""
+    finalists: list[Finalist]
+    importances: dict[str, float]
+    """Share of the scores' variance that each parameter explains."""
+    winner: Winner
+    costs: dict[str, float]
+    """Seconds: wall (of performing trials), work (sum over trials), slots, ideal (work / slots), shared, saved."""
+
+    @classmethod
+    def of(
+        cls,
+        work: Work,
+        name: str,
+        stored: Sequence[Trial],
+        baselines: Sequence[Trial],
+        finals: Mapping[str, Sequence[Trial]],
+        costs: Mapping[str, float],
+    ) -> "SweepReport":
+        """Put together what the trials say."""
+        found = candidates(stored, baselines)
+        kinds = {title: _kind(title) for title in finals}
+        judges = judged(finals, kinds)
+        sign = 1 if METRICS[work.metric] == "min" else -1
+        drawn = [trial for trial in stored if trial.kind != "final"]
+        return cls(
+            space=name,
+            stage=work.space.stage,
+            recipe=work.recipe.name,
+            metric=work.metric,
+            trials=sorted(drawn, key=lambda one: (one.score is None, sign * (one.score or 0.0))),
+            finalists=judges,
+            importances=importances(work, drawn),
+            winner=_winner(judges, {one.trial.key: one.trial for one in found}, sign),
+            costs=dict(costs),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers for JSON."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a tracked run."""
+        told = {"trials": float(len(self.trials)), **{f"seconds/{name}": value for name, value in self.costs.items()}}
+        told |= {f"importance/{name}": value for name, value in self.importances.items()}
+        if self.winner.fid:
+            told["fid"] = self.winner.fid.mean
+        if self.winner.against:
+            told["fid_against_hand_set"] = self.winner.against.mean
+        return told
+
+    def lineage(self, folder: Path) -> str:
+        """The comment that opens the winner's recipe."""
+        lines = [
+            f"Found by `hdistill tune {self.space} {self.recipe}` in {folder.name}: {self.winner.name}, trial"
+            f" {self.winner.trial}.",
+            *self.verdict(),
+            "Changed from the recipe:",
+            *(f"  {key}: {value}" for key, value in self.winner.changes.items()),
+        ]
+        return "".join(f"# {line}\n" for line in lines) + "\n"
+
+    def verdict(self) -> list[str]:
+        """What the sweep found, in sentences."""
+        winner = self.winner
+        if winner.fid is None:
+            return [f"{self.metric} {winner.score:.4g} at the sweep's own seed; not confirmed at any other."]
+        seeds = len(self.finalists[0].fids)
+        told = [f"FID {winner.fid} on held-out images, {winner.name}, mean over {seeds} fresh seed(s)."]
+        if winner.against is None:
+            return [*told, "Nothing that was tried is better than the recipe as it is."]
+        gain = f"Against the recipe as it is: {winner.against} (below 0 is better), seed by seed"
+        if winner.against.half is None:
+            return [*told, f"{gain}. One seed says nothing about another."]
+        flattered = f", the first of {len(self.finalists)}" if len(self.finalists) > 2 else ""
+        told[0] = told[0].replace(winner.name, f"{winner.name}{flattered}")
+        sure = "which cannot be told from no gain" if winner.against.is_zero else "a gain beyond the spread of seeds"
+        return [*told, f"{gain}: {sure}."]
+
+
+def _kind(title: str) -> str:
+    return next((kind for kind in ("search", "random") if title.startswith(f"{kind}, ")), "baseline")
+
+
+def _winner(finals: Sequence[Finalist], trials: Mapping[str, Trial], sign: int) -> Winner:
+    if not finals:
+        best = min((one for one in trials.values() if one.score is not None), key=lambda one: sign * (one.score or 0))
+        name = best.name or best.kind
+        return Winner(name=name, changes=best.changes, fid=None, against=None, score=best.score, trial=best.key)
+    first = finals[0]
+    trial = next(one for one in trials.values() if one.changes == first.changes)
+    return Winner(
+        name=first.name,
+        changes=dict(first.changes),
+        fid=first.score,
+        against=first.against,
+        score=trial.score,
+        trial=trial.key,
+    )
+
+
+def costs_of(times: Mapping[str, float], trials: Sequence[Trial], folder: Path, slots: int) -> dict[str, float]:
+    """Seconds of a sweep: as they were, as they would ideally be, and what sharing has saved."""
+    work = sum(trial.seconds for trial in trials)
+    shared = [read_json(one / "ready.json") for one in sorted((folder / "shared").iterdir())]
+    made = [float(one["seconds"]) for one in shared if one]
+    users = {trial.key for trial in trials if trial.kind != "final"}
+    own = made[0] if made else 0.0
+    return {
+        "wall": times["trials"],
+        "work": work,
+        "slots": float(slots),
+        "ideal": work / slots,
+        "shared": sum(made),
+        "saved": own * max(0, len(users) - 1),
+        "sessions": times["sessions"],
+    }
+
+
+def print_sweep(report: SweepReport, console: Console, folder: Path, most: int = 10) -> None:
+    """The best trials, the finalists, and what they say."""
+    console.print(_trials_table(report, most))
+    if report.finalists:
+        console.print(_finalists_table(report))
+    for line in report.verdict():
+        console.print(line, highlight=False)
+    costs = report.costs
+    console.print(
+        f"{len(report.trials)} trials, {costs['work']:,.0f} s of work in {costs['wall']:,.0f} s at {costs['slots']:.0f}"
+        f" side by side (ideal {costs['ideal']:,.0f}); what they share took {costs['shared']:,.0f} s and saved"
+        f" {costs['saved']:,.0f}",
+        highlight=False,
+    )
+    console.print(f"recipe of the best: {folder / 'winner.yaml'}\npage: {folder / 'sweep.html'}", highlight=False)
+
+
+def _trials_table(report: SweepReport, most: int) -> Table:
+    ended = {kind: sum(one.state == kind for one in report.trials) for kind in ("done", "stopped", "failed")}
+    title = f"{report.space}: {', '.join(f'{count} {kind}' for kind, count in ended.items() if count)}"
+    table = Table(title=title, box=HORIZONTALS, title_justify="left")
+    for heading in ("Trial", "Kind", report.metric, "Seconds", "Values"):
+        table.add_column(heading, justify="right" if heading in (report.metric, "Seconds") else "left")
+    for trial in report.trials[:most]:
+        score = "-" if trial.score is None else f"{trial.score:.4g}{' (early)' if trial.state == 'stopped' else ''}"
+        table.add_row(trial.key, trial.name or trial.kind, score, f"{trial.seconds:,.0f}", values_text(trial.values))
+    return table
+
+
+def _finalists_table(report: SweepReport) -> Table:
+    seeds = len(report.finalists[0].fids)
+    table = Table(title=f"finalists, {seeds} fresh seed(s), held-out images", box=HORIZONTALS, title_justify="left")
+    for heading in ("Finalist", "Calls", "FID", "Against the recipe"):
+        table.add_column(heading, justify="left" if heading == "Finalist" else "right")
+    for one in report.finalists:
+        table.add_row(one.name, str(one.nfe), str(one.score), "-" if one.against is None else str(one.against))
+    return table
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """A draw in one line."""
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+    )

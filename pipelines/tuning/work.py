@@ -1,0 +1,80 @@
+"""What every trial of a sweep is told: plain values, which travel to any process."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import fingerprint
+from pipelines.recipe import Recipe, determining, from_dict, override
+from tune_spaces.space import Space
+
+METRICS = {"probe/fid": "min", "probe/diversity": "max"}
+"""What trials may be scored by, and which way is better. A training loss is none of them: as soon as schedule or
+weights change it measures something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One sweep, as its trials know it."""
+
+    sweep: Path
+    """The sweep's directory."""
+    recipe: Recipe
+    """What is changed."""
+    space: Space
+    """What it is changed over."""
+    metric: str = "probe/fid"
+    """The score: a value of the stage's probes."""
+    rungs: int = 4
+    """How often a trial is scored, its end included."""
+    num_samples: int = 2000
+    """Samples behind a score; the same noises for every trial."""
+    cpus: float = 1.0
+    """CPUs of a trial, which set its threads."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"trials cannot be scored by {self.metric!r}: choose one of {', '.join(METRICS)}")
+        if self.rungs < 1 or self.num_samples < 2:
+            raise ValueError(f"rungs must be at least 1 and samples 2; given {self.rungs} and {self.num_samples}")
+
+    @property
+    def num_steps(self) -> int:
+        """Iterations of a whole trial."""
+        return self.recipe.stages[self.space.stage].num_steps
+
+    @property
+    def every(self) -> int:
+        """Iterations between scores."""
+        return -(-self.num_steps // self.rungs)
+
+    def trial_recipe(self, changes: Mapping[str, Any], seed: int, *, final: bool) -> Recipe:
+        """The sweep's recipe with a trial's changes, and with nothing after the searched stage.
+
+        Raises:
+            ValueError: a field does not exist, or a value is not allowed.
+        """
+        stage, values = self.space.stage, self.recipe.to_dict()
+        stages = {name: values["stages"][name] for name in self.recipe.chain(stage)}
+        probe = {"every": 0 if final else self.every, "num_samples": self.num_samples, "keep": "last", "beside": False}
+        changed = override(from_dict({**values, "stages": stages, "seed": seed}), changes)
+        fixed = {
+            "track.enabled": False,
+            "evaluate.num_actors": 0,
+            **{f"stages.{stage}.probe.{key}": value for key, value in probe.items()},
+        }
+        return override(changed, fixed)
+
+    @property
+    def references(self) -> Path:
+        """Features of real images."""
+        return self.sweep / "references"
+
+    def shared_folder(self, recipe: Recipe) -> Path:
+        """Where what comes before the searched stage is kept: the same folder wherever that is the same."""
+        values = determining(recipe.to_dict())
+        before = {name: values["stages"][name] for name in recipe.chain(self.space.stage)[:-1]}
+        kinds = {"probes": recipe.stages[self.space.stage].probe.every > 0}  # a final trial reads no images
+        made_of = {key: values[key] for key in ("seed", "teacher", "data", "precompute", "train", "evaluate")}
+        return self.sweep / "shared" / fingerprint({**made_of, "stages": before, **kinds})[:12]
