@@ -135,7 +135,6 @@ class Sweep:
             tags={**tags, "hdistill": version("hdistill")},
         )
         self.tracker.params({"space": self.name, "metric": self.work.metric, "search": asdict(self.config.search)})
-        self._children: dict[str, Tracker] = {}
         write_json(path, {**state, "run_id": self.tracker.run_id})
 
     # What is made once
@@ -251,18 +250,17 @@ class Sweep:
 
     def _log(self, trial: Trial) -> None:
         """Tell the tracker of a trial, as a run within the sweep's; telling it again changes nothing."""
-        if trial.key not in self._children:
-            tags = {"kind": trial.kind, "name": trial.name, "trial": trial.key, "space": self.name}
-            self._children[trial.key] = self.tracker.child(f"{trial.name or trial.kind} {trial.key[:6]}", tags)
-            self._children[trial.key].params({**trial.values, "seed": trial.seed})
-        child = self._children[trial.key]
+        tags = {"kind": trial.kind, "name": trial.name, "trial": trial.key, "space": self.name}
+        child = self.tracker.child(f"{trial.name or trial.kind} {trial.key[:6]}", tags, reopen=False)
+        child.params({**trial.values, "seed": trial.seed})
         for step, score in trial.points:
             child.metrics({"score": score, self.work.metric: score}, int(step))
         if trial.row:
             numbers = {name: value for name, value in trial.row.items() if isinstance(value, float)}
-            child.metrics(numbers, self.work.num_steps)
+            child.summary({**numbers, "nfe": trial.row["nfe"]}, self.work.num_steps)
         child.tags({"state": trial.state, "mistake": trial.mistake})
-        child.finish("FAILED" if trial.state == "failed" else "FINISHED")
+        if trial.state == "failed":
+            child.finish("FAILED")
 
     def say(self, text: str) -> None:
         """One line to the person who watches."""
@@ -281,7 +279,7 @@ class Sweep:
         for name in ("winner.yaml", "sweep_report.json", "sweep.html"):
             self.tracker.artifact(self.folder / name)
         self.tracker.tags({"winner": winner.name})
-        self.tracker.metrics(report.metrics(), step=0)
+        self.tracker.summary(report.metrics(), step=0)
         self.tracker.flush()
 
 
