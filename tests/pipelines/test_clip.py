@@ -215,9 +215,10 @@ def test_actors_give_the_same_bits(
             kept.add(f"{shard.index} {shard.sha256}")
             commit(shards, shard)
 
+        evaluator = evaluator_of(job, tmp_path / str(actors), num_actors=actors)
         with monkeypatch.context() as patch:
             patch.setattr(ShardSet, "commit", spying)
-            rows += evaluator_of(job, tmp_path / str(actors), num_actors=actors).measure([teacher_of(job)])
+            rows += evaluator.measure([teacher_of(job)])
         hashes[actors] = kept
     assert hashes[0] == hashes[2] and len(hashes[0]) == 3
     assert rows[0].clip_score == rows[1].clip_score and rows[0].intervals == rows[1].intervals
