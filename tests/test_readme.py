@@ -28,7 +28,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("line", [line for line in commands() if line[0] == "hdistill"], ids=" ".join)
 def test_hdistill_lines_are_understood(line: list[str]):
-    context = click.Context(main)
+    context = click.Context(main, **main.context_settings)
     name, command, rest = main.resolve_command(context, line[1:])
     assert command is not None and name is not None
     command.make_context(name, rest, parent=context)
