@@ -83,13 +83,13 @@ class Rooms:
         workers = train.least_workers
         cpus, gpus = config.cpus + workers * train.cpus_per_worker, config.gpus + workers * train.gpus_per_worker
         ensure_ray(reserved_cpus=cpus, reserved_gpus=gpus)
-        room = min(room_for(cpus=cpus, gpus=gpus), max(1, config.num_trials))
-        if config.slots is not None and config.slots > room and config.slots <= config.num_trials:
+        room = room_for(cpus=cpus, gpus=gpus)
+        if (config.slots or 1) > room:
             raise ValueError(
-                f"{config.slots} trials of {cpus:g} CPUs and {gpus:g} GPUs do not fit side by side: there is room for"
-                f" {room}. Lower --slots, or what each of them gets"
+                f"{config.slots or 1} trials of {cpus:g} CPUs and {gpus:g} GPUs do not fit side by side: there is room"
+                f" for {room}. Lower --slots, or what each of them gets"
             )
-        self.slots = config.slots or room
+        self.slots = config.slots or min(room, max(1, config.num_trials))
         self.resources = {"cpu": config.cpus, "gpu": config.gpus}
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
 

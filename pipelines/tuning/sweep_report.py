@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipelines.artifacts import read_json
 from pipelines.tuning.importance import importances
-from pipelines.tuning.results import Finalist, Interval, candidates, judged
+from pipelines.tuning.results import HAND_SET, Finalist, Interval, candidates, judged
 from pipelines.tuning.trial import Trial
 from pipelines.tuning.work import METRICS, Work
 
@@ -109,8 +109,10 @@ class SweepReport:
             return [f"{self.metric} {winner.score:.4g} at the sweep's own seed; not confirmed at any other."]
         seeds = len(self.finalists[0].fids)
         told = [f"FID {winner.fid} on held-out images, {winner.name}, mean over {seeds} fresh seed(s)."]
-        if winner.against is None:
+        if HAND_SET in winner.name.split(" = "):
             return [*told, "Nothing that was tried is better than the recipe as it is."]
+        if winner.against is None:
+            return [*told, "It was not compared with the recipe as it is, which could not be trained to its end."]
         gain = f"Against the recipe as it is: {winner.against} (below 0 is better), seed by seed"
         if winner.against.half is None:
             return [*told, f"{gain}. One seed says nothing about another."]

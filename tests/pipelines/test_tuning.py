@@ -22,6 +22,7 @@ from pipelines.tuning.results import Candidate, Interval, candidates, finalists,
 from pipelines.tuning.search import SearchConfig, Stopped, words
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import SweepConfig
+from pipelines.tuning.sweep_report import SweepReport
 from pipelines.tuning.trial import Trial, TrialFile, perform, prepare, stored, stored_trials
 from pipelines.tuning.work import Work
 from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
@@ -314,6 +315,33 @@ def test_finalists_are_compared_with_the_recipe_seed_by_seed(tmp_path: Path):
         best.against.half == pytest.approx(stats.sem(differences) * stats.t.ppf(0.975, 2)) and not best.against.is_zero
     )
     assert best.score.half and best.score.half > 2  # the spread of seeds alone would have hidden it
+
+
+@pytest.mark.parametrize(
+    ("first", "own", "sentence"),
+    [
+        ({1: 3.0, 2: 3.9, 3: 5.0}, {1: 4.0, 2: 5.0, 3: 6.0}, "a gain beyond the spread of seeds"),
+        ({1: 3.0, 2: 5.1, 3: 5.0}, {1: 4.0, 2: 5.0, 3: 6.0}, "cannot be told from no gain"),
+        ({1: 3.0}, {1: 4.0}, "One seed says nothing about another"),
+        ({1: 5.0, 2: 5.0}, {1: 4.0, 2: 4.1}, "Nothing that was tried is better"),
+        ({1: 5.0, 2: 5.0}, {}, "not compared with the recipe as it is"),
+    ],
+)
+def test_a_sweep_says_what_it_may(tmp_path: Path, first: dict[int, float], own: dict[int, float], sentence: str):
+    work = work_of(tmp_path)
+    searched = ended(work, 2e-3, 3.0)
+    base = trial_of(work, kind="baseline", name="hand-set", values={}, changes={}, state="done", points=[[4, 4.0]])
+
+    def at(trial: Trial, fids: dict[int, float]) -> list[Trial]:
+        final = dataclasses.replace(trial, kind="final", points=[])
+        return [dataclasses.replace(final, seed=seed, row={"fid": fid, "nfe": 2}) for seed, fid in fids.items()]
+
+    finals = {"hand-set": at(base, own), "search, best": at(searched, first)}
+    costs = dict.fromkeys(("wall", "work", "slots", "ideal", "shared", "saved"), 1.0)
+    report = SweepReport.of(work, "own", [base, searched], [base], finals, costs)
+    assert sentence in " ".join(report.verdict()) and sentence in report.lineage(tmp_path).replace("\n# ", " ")
+    best = base if own and np.mean(list(own.values())) < np.mean(list(first.values())) else searched
+    assert report.winner.changes == best.changes and report.winner.trial == best.key
 
 
 def test_finalists_are_all_baselines_and_the_best_that_were_trained_to_their_end(tmp_path: Path):
