@@ -337,7 +337,7 @@ def test_a_sweep_says_what_it_may(tmp_path: Path, first: dict[int, float], own: 
         return [dataclasses.replace(final, seed=seed, row={"fid": fid, "nfe": 2}) for seed, fid in fids.items()]
 
     finals = {"hand-set": at(base, own), "search, best": at(searched, first)}
-    costs = dict.fromkeys(("wall", "work", "slots", "ideal", "shared", "saved"), 1.0)
+    costs: dict[str, float] = dict.fromkeys(("wall", "work", "slots", "ideal", "shared", "saved"), 1.0)
     report = SweepReport.of(work, "own", [base, searched], [base], finals, costs)
     assert sentence in " ".join(report.verdict()) and sentence in report.lineage(tmp_path).replace("\n# ", " ")
     best = base if own and np.mean(list(own.values())) < np.mean(list(first.values())) else searched
