@@ -235,7 +235,7 @@ class Run(Assembly):
     def _origin(self) -> dict[str, str]:
         """Tags of what a run and its stages are made of."""
         made_of = {"teacher": self.recipe.teacher.path, "teacher_fingerprint": self.teacher.fingerprint}
-        return {"recipe": self.recipe.name, "data": self.splits.fingerprint, **made_of}
+        return {"recipe": self.recipe.name, "run": self.dir.path.name, "data": self.splits.fingerprint, **made_of}
 
     def _train_remotely(self, job: StageJob, tracker: Tracker, show: Callable[[int], None]) -> None:
         remote = RemoteWatch(self.recipe.track, tracker.run_id, self.dir.path.resolve(), default_store(self.dir))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 KEY_TAG = "hdistill.key"
 CHANGED_TAG = "hdistill.params_changed"
 PARENT_TAG = "mlflow.parentRunId"
+_OF_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else its page opens on traces of agents
 # MLflow's limits.
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 250, 6000, 8000, 100, 1000
 
@@ -277,7 +278,9 @@ class Store:
         if experiment := client.get_experiment_by_name(self.experiment):
             return experiment.experiment_id
         try:
-            return client.create_experiment(self.experiment, artifact_folder(self.uri, self.default_store))
+            return client.create_experiment(
+                self.experiment, artifact_folder(self.uri, self.default_store), _OF_TRAINING
+            )
         except MlflowException:  # somebody else was first
             if experiment := client.get_experiment_by_name(self.experiment):
                 return experiment.experiment_id

@@ -96,7 +96,8 @@ def test_a_run_with_a_child_is_recorded(store: Path, tmp_path: Path, client: Mlf
     assert inner.info.run_name == "sketch" and inner.info.status == "FINISHED"
     assert inner.info.experiment_id == run.info.experiment_id
     assert inner.data.metrics["loss"] == 0.5 and "odd_key" in inner.data.metrics
-    assert client.get_experiment(run.info.experiment_id).name == EXPERIMENT
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.name == EXPERIMENT and experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert _journal(tmp_path) == []
 
 
