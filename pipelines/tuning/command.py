@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.recipe import Recipe
-from pipelines.tuning.search import SearchConfig
+from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import Sweep, SweepConfig
 from pipelines.tuning.sweep_report import SweepReport, print_sweep

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.tuning.search import distribution, words
+from pipelines.tuning.samplers import distribution, words
 from pipelines.tuning.trial import Trial
 from pipelines.tuning.work import METRICS, Work
 

@@ -8,7 +8,6 @@ In its directory::
     winner.yaml, sweep_report.json, sweep.html, figures/
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -25,10 +24,12 @@ from pipelines.recipe import determining, override, to_yaml
 from pipelines.run import Run, default_store, ending
 from pipelines.storage import remove_tree
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
+from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.results import Candidate, candidates, finalists
-from pipelines.tuning.search import RAY_FOLDER, Rooms, SearchConfig, perform_all, search
+from pipelines.tuning.search import RAY_FOLDER, Rooms, perform_all, search
 from pipelines.tuning.sweep_page import render_sweep
 from pipelines.tuning.sweep_report import SweepReport, costs_of
+from pipelines.tuning.times import Times
 from pipelines.tuning.trial import Trial, prepare, stored_trials
 from pipelines.tuning.work import METRICS, Work
 
@@ -85,7 +86,7 @@ class Sweep:
         return report
 
     def _all(self) -> SweepReport:
-        self._session = _Session(self.folder)
+        self._times = Times(self.folder)
         self.rooms = Rooms(self.config.search, self.work)
         for trial in stored_trials(self.folder):
             self._log(trial)
@@ -100,7 +101,7 @@ class Sweep:
         self._search()
         finals = self._finals(baselines)
         trials = stored_trials(self.folder)
-        costs = costs_of(self._session.times, trials, self.folder, self.rooms.slots)
+        costs = costs_of(self._times.seconds, trials, self.folder, self.rooms.slots)
         report = SweepReport.of(self.work, self.name, trials, baselines, finals, costs)
         self._leave(report)
         return report
@@ -141,10 +142,7 @@ class Sweep:
 
     def _prepare(self, seed: int, *, final: bool) -> Path:
         recipe = self.work.trial_recipe(self.work.space.always, seed, final=final)
-        started = time.perf_counter()
-        folder = prepare(self.work, recipe, self.console)
-        self._session.prepared(time.perf_counter() - started)
-        return folder
+        return prepare(self.work, recipe, self.console)
 
     def _baselines(self, shared: Path) -> Mapping[str, Mapping[str, Any]]:
         space = self.work.space
@@ -179,7 +177,7 @@ class Sweep:
         left = list({trial.key: trial for trial in trials if trial.key not in ended}.values())
         if not left:
             return
-        with bar(self.console, title, len(left)) as show, self._session.working():
+        with bar(self.console, title, len(left)) as show, self._times:
             perform_all(self.work, left, self.rooms, self._watcher(title, len(left), show))
         self._raise_deaths()
 
@@ -188,7 +186,7 @@ class Sweep:
         wanted, before = self.config.search.num_trials, -1
         while before < (there := len(self._searched())) < wanted:
             before = there
-            with bar(self.console, "search", wanted) as show, self._session.working():
+            with bar(self.console, "search", wanted) as show, self._times:
                 watcher = self._watcher("search", wanted, show, there)
                 search(self.work, self.config.search, stored_trials(self.folder), self.rooms, watcher)
             self._raise_deaths()
@@ -231,7 +229,7 @@ class Sweep:
             nonlocal count
             count += 1
             show(count)
-            self._session.save()
+            self._times.save()
             if trial.state == "running":
                 self._deaths.append(f"trial {trial.key}: {trial.mistake}")
             self._log(trial)
@@ -290,36 +288,3 @@ def _outcome(trial: Trial) -> str:
         return f"FID {trial.row['fid']:.4g} at seed {trial.seed}, {trial.seconds:.0f} s"
     how = "stopped early at" if trial.state == "stopped" else "score"
     return f"{how} {trial.score:.4g}, {trial.seconds:.0f} s" if trial.score is not None else trial.state
-
-
-class _Session:
-    """Seconds of all sessions of a sweep: of making what is shared, and of performing trials."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "times.json"
-        self.times: dict[str, float] = {"trials": 0.0, "sessions": 0, **(read_json(self._path) or {})}
-        self.times["sessions"] += 1
-        self._since: float | None = None
-        self.save()
-
-    def prepared(self, seconds: float) -> None:
-        self.times["preparing"] = self.times.get("preparing", 0.0) + seconds
-        self.save()
-
-    def working(self) -> "_Session":
-        return self
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.save()
-        self._since = None
-
-    def save(self) -> None:
-        """Kept at every ended trial, so that a kill loses little."""
-        if self._since is not None:
-            now = time.perf_counter()
-            self.times["trials"] += now - self._since
-            self._since = now
-        write_json(self._path, self.times)

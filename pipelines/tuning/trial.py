@@ -136,7 +136,7 @@ class _Attempt:
         """Report the last point: infinitely bad, where the trial failed."""
         trial = self.file.trial
         if trial.kind != "final":
-            self._report(self.work.num_steps, float("inf") if trial.score is None else trial.score)
+            self._report(self.work.num_steps, self.work.worst if trial.score is None else trial.score)
         return trial
 
     def _train(self) -> dict[str, Any] | None:

@@ -45,6 +45,11 @@ class Work:
         return self.recipe.stages[self.space.stage].num_steps
 
     @property
+    def worst(self) -> float:
+        """The score of a trial that has none."""
+        return float("inf") if METRICS[self.metric] == "min" else float("-inf")
+
+    @property
     def every(self) -> int:
         """Iterations between scores."""
         return -(-self.num_steps // self.rungs)

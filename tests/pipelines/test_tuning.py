@@ -16,10 +16,13 @@ from scipy import stats
 
 from pipelines.artifacts import read_json
 from pipelines.recipe import Recipe, load
+from pipelines.tuning import samplers, schedulers
 from pipelines.tuning import search as searching
+from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.importance import importances
 from pipelines.tuning.results import Candidate, Interval, candidates, finalists, judged
-from pipelines.tuning.search import SearchConfig, Stopped, words
+from pipelines.tuning.samplers import words
+from pipelines.tuning.search import Stopped
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import SweepConfig
 from pipelines.tuning.sweep_report import SweepReport
@@ -208,8 +211,8 @@ def test_choices_travel_through_optuna(tmp_path: Path):
     work = work_of(tmp_path, space=space_of(a=choice, b=WEIGHT, c=Integer(low=1, high=3)))
     for value in choice.values:
         told = words(work, {"a": value, "b": 0.001, "c": 2})
-        assert searching._drawn(work, told).values == {"a": value, "b": 0.001, "c": 2}
-        assert type(searching._drawn(work, told).values["a"]) is type(value)
+        assert samplers.drawn(work, told) == {"a": value, "b": 0.001, "c": 2}
+        assert type(samplers.drawn(work, told)["a"]) is type(value)
 
 
 def ended(work: Work, rate: float, *scores: float, state: Any = "done") -> Trial:
@@ -220,17 +223,17 @@ def test_a_search_that_goes_on_begins_with_what_was_interrupted_and_knows_what_h
     work = work_of(tmp_path)
     over = [ended(work, 10 ** -(2 + number / 10), 5.0 + number) for number in range(5)]
     left = [trial_of(work, 3e-3), trial_of(work, 4e-3)]
-    searcher = searching._searcher(work, SearchConfig(seed=3), left, over)
+    searcher = samplers.make_searcher(work, SearchConfig(seed=3), left, over)
     assert [searcher.suggest(name)[RATE] for name in "ab"] == [3e-3, 4e-3]
     known = [one for one in searcher._ot_study.trials if one.state.is_finished()]
     assert [(one.params[RATE], one.value) for one in known] == [(one.values[RATE], one.score) for one in over]
-    fresh = searching._searcher(work, SearchConfig(seed=3), [], [])
+    fresh = samplers.make_searcher(work, SearchConfig(seed=3), [], [])
     assert searcher.suggest("c")[RATE] != fresh.suggest("a")[RATE]  # it does not draw its first ones again
 
 
 def test_a_search_by_tpe_finds_what_is_good(tmp_path: Path):
     work = work_of(tmp_path)
-    searcher = searching._searcher(work, SearchConfig(seed=0), [], [])
+    searcher = samplers.make_searcher(work, SearchConfig(seed=0), [], [])
     drawn: list[float] = []
     for number in range(40):
         rate = searcher.suggest(str(number))[RATE]
@@ -246,7 +249,7 @@ def test_a_scheduler_that_is_told_anew_decides_as_one_that_has_seen_all(tmp_path
     over = [
         ended(work, 1e-3 + number / 1e4, 9.0 - number, 8.0 - number, 7.0 - number, 6.0 - number) for number in range(6)
     ]
-    told, fresh = searching._scheduler(work, config, over), searching._scheduler(work, config, [])
+    told, fresh = schedulers.make_scheduler(work, config, over), schedulers.make_scheduler(work, config, [])
     for name, score, expected in (("bad", 30.0, "STOP"), ("good", 0.1, "CONTINUE")):
         assert decision(told, name, score) == expected
     assert decision(fresh, "bad", 30.0) == "CONTINUE"
@@ -257,8 +260,8 @@ def trial_named(key: str) -> Any:
 
 
 def decision(scheduler: Any, name: str, score: float) -> str:
-    trial = searching._Ended(trial_named(name))
-    others = searching._NoOthers()
+    trial = schedulers._Ended(trial_named(name))
+    others = schedulers._NoOthers()
     scheduler.on_trial_add(others, trial)
     return scheduler.on_trial_result(
         others, trial, {"step": 1, "score": score, "training_iteration": 1, "time_total_s": 1}
