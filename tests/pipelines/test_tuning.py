@@ -27,7 +27,7 @@ from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import SweepConfig
 from pipelines.tuning.sweep_report import SweepReport
 from pipelines.tuning.trial import Trial, TrialFile, perform, prepare, stored, stored_trials
-from pipelines.tuning.work import Work
+from pipelines.tuning.work import METRICS, Work
 from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
 from tune_spaces.space import Choice, Integer, Space, Uniform
 
@@ -109,9 +109,9 @@ def test_a_trial_of_its_own_fault_fails_and_is_told_as_the_worst(tmp_path: Path)
     assert ears.points == [(4, math.inf)]
 
 
-def test_a_score_that_is_never_reported_is_told(tmp_path: Path):
-    work = work_of(tmp_path)
-    object.__setattr__(work, "metric", "probe/nothing")
+def test_a_score_that_is_never_reported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METRICS, "probe/nothing", "min")
+    work = work_of(tmp_path, metric="probe/nothing")
     trial = perform(work, trial_of(work), Ears())
     assert trial.state == "failed" and "probe/nothing was never reported by stage sfd_2" in trial.mistake
 
