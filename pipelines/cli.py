@@ -217,10 +217,14 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 @click.option("--stage", default="", help="The stage that is searched. [default: the first that fits]")
 @click.option("--trials", default=30, show_default=True, help="Trials that the sampler draws.")
 @click.option(
-    "--sampler", type=click.Choice(["tpe", "cma_es", "random"]), default="tpe", show_default=True, help="Who."
+    "--sampler",
+    type=click.Choice(["tpe", "cma_es", "random"]),
+    default="tpe",
+    show_default=True,
+    help="What draws trials.",
 )
 @click.option("--scheduler", type=click.Choice(["none", "asha", "median"]), default="none", show_default=True,
-              help="Who stops trials early.")  # fmt: skip
+              help="What stops weak trials early.")  # fmt: skip
 @click.option(
     "--metric", default="probe/fid", show_default=True, help="What trials are scored by: also probe/diversity."
 )
@@ -228,7 +232,7 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 @click.option("--samples", default=2000, show_default=True, help="Samples behind a score.")
 @click.option("--random", "num_random", default=0, show_default=True, help="Trials by chance alone, to compare with.")
 @click.option("--finalists", default=3, show_default=True, help="Best trials that meet the baselines at fresh seeds.")
-@click.option("--seeds", default=3, show_default=True, help="Those seeds.")
+@click.option("--seeds", default=3, show_default=True, help="How many of those seeds.")
 @click.option("--slots", type=int, help="Trials side by side. [default: as many as there is room for]")
 @click.option("--cpus-per-trial", default=1.0, show_default=True, help="CPUs of each.")
 @click.option("--gpus-per-trial", default=0.0, show_default=True, help="GPUs of each; may be a fraction.")
