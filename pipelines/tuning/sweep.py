@@ -21,8 +21,10 @@ from pipelines.artifacts import RunDir, ensure_same, read_json, write_json, writ
 from pipelines.locks import held
 from pipelines.progress import bar
 from pipelines.recipe import determining, override, to_yaml
+from pipelines.report import Row
 from pipelines.run import Run, default_store, ending
 from pipelines.storage import remove_tree
+from pipelines.tracked import summary_of
 from pipelines.tracking import NoopTracker, Tracker, open_tracker
 from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.results import Candidate, candidates, finalists
@@ -254,8 +256,7 @@ class Sweep:
         for step, score in trial.points:
             child.metrics({"score": score, self.work.metric: score}, int(step))
         if trial.row:
-            numbers = {name: value for name, value in trial.row.items() if isinstance(value, float)}
-            child.summary({**numbers, "nfe": trial.row["nfe"]}, self.work.num_steps)
+            child.summary(summary_of(Row(**trial.row)), self.work.num_steps)
         child.tags({"state": trial.state, "mistake": trial.mistake})
         if trial.state == "failed":
             child.finish("FAILED")

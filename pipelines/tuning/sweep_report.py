@@ -86,9 +86,9 @@ class SweepReport:
         told = {"trials": float(len(self.trials)), **{f"seconds/{name}": value for name, value in self.costs.items()}}
         told |= {f"importance/{name}": value for name, value in self.importances.items()}
         if self.winner.fid:
-            told["fid"] = self.winner.fid.mean
+            told["best/fid"] = self.winner.fid.mean
         if self.winner.against:
-            told["fid_against_hand_set"] = self.winner.against.mean
+            told["best/fid_against_recipe"] = self.winner.against.mean
         return told
 
     def lineage(self, folder: Path) -> str:
