@@ -193,7 +193,7 @@ class Sweep:
                 search(self.work, self.config.search, stored_trials(self.folder), self.rooms, watcher)
             self._raise_deaths()
         if there < wanted:
-            self.say(f"the space holds no more than the {there} different trials that were found: the search ends here")
+            self.say(f"  the search draws what it has drawn before: it ends with {there} different trials of {wanted}")
 
     def _searched(self) -> list[Trial]:
         return [one for one in stored_trials(self.folder) if one.kind == "search" and one.state != "running"]
