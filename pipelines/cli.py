@@ -40,7 +40,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\nstopped. The same command goes on from the last checkpoint.", err=True)
             sys.exit(130)
-        except FloatingPointError as error:
+        except (FloatingPointError, ChildProcessError) as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
         except ValueError as error:

@@ -144,7 +144,7 @@ class Sweep:
 
     def _prepare(self, seed: int, *, final: bool) -> Path:
         recipe = self.work.trial_recipe(self.work.space.always, seed, final=final)
-        return prepare(self.work, recipe, self.console)
+        return prepare(self.work, recipe, self.console, check=True)
 
     def _baselines(self, shared: Path) -> Mapping[str, Mapping[str, Any]]:
         space = self.work.space

@@ -193,9 +193,17 @@ class TrialRun(Run):
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Nobody sees a bar; at its steps the curve is looked into."""
-        del title, total
-        yield lambda _done: self._note(self.points())
+        """Nobody sees a bar; the curve is looked into where the next score is due."""
+        del title
+        every, seen = self.recipe.stages[self._stage].probe.every, 0
+
+        def look(done: int) -> None:
+            nonlocal seen
+            if every and done >= min(total, every * (seen + 1)):
+                self._note(points := self.points())
+                seen = len(points)
+
+        yield look
 
     def measure(self, stage: str) -> Row:
         """The stage's student on held-out images."""
@@ -206,20 +214,24 @@ class TrialRun(Run):
 # What trials share
 
 
-def prepare(work: Work, recipe: Recipe, console: Console) -> Path:
+def prepare(work: Work, recipe: Recipe, console: Console, *, check: bool = False) -> Path:
     """Make, once for all trials that can share it, all that comes before the searched stage; returns its folder.
 
-    Whoever comes first makes it; the others wait.
+    Whoever comes first makes it; the others wait. ``check`` sees by their hashes that files are as they were made.
     """
     folder = work.shared_folder(recipe)
-    if read_json(folder / "ready.json") is not None:
+    if _is_ready(folder) and not check:
         return folder
     RunDir.create(folder)
     with awaited(folder, lambda _text: None, float("inf")):
-        if read_json(folder / "ready.json") is None:
+        if check or not _is_ready(folder):
             run = Run(recipe, RunDir(folder, references=work.references), console)
             _make_shared(run, work.space.stage, folder)
     return folder
+
+
+def _is_ready(folder: Path) -> bool:
+    return read_json(folder / "ready.json") is not None
 
 
 def _make_shared(run: Run, stage: str, folder: Path) -> None:

@@ -141,6 +141,34 @@ def test_what_is_shared_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (work.sweep / "trials" / first.key / "trajectories").exists()
 
 
+def test_a_shared_file_that_was_damaged_is_made_again_by_the_next_session(tmp_path: Path):
+    work = work_of(tmp_path, "precompute.num_actors=0")
+    recipe, console = work.trial_recipe({}, 3, final=False), Console(quiet=True)
+    shared = prepare(work, recipe, console)
+    shard = next((shared / "trajectories").glob("*.parquet"))
+    before = shard.read_bytes()
+    shard.write_bytes(b"torn")
+    prepare(work, recipe, console)
+    assert shard.read_bytes() == b"torn"  # a trial trusts what is ready
+    prepare(work, recipe, console, check=True)
+    assert shard.read_bytes() == before
+
+
+def test_processes_that_die_again_and_again_end_the_command_and_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def dying(work: Work, trials: list[Trial], _rooms: object, done: Any) -> None:
+        done(TrialFile(work.sweep, trials[0]).write(mistake="its process died 4 times; the last time: memory"))
+
+    monkeypatch.setattr("pipelines.tuning.sweep.perform_all", dying)
+    monkeypatch.setattr("pipelines.tuning.sweep.Rooms", lambda *_: None)
+    recipe = write_recipe(tmp_path)
+    command = ("tune", "dmd_balance", recipe, "--run-dir", tmp_path / "sweep", *UNTRACKED, "--samples", 50)
+    result = hdistill(*command, "--set", "precompute.num_actors=0")
+    assert result.exit_code == 1 and "died 4 times; the last time: memory. All that has ended is kept" in result.output
+    assert [one.state for one in stored_trials(tmp_path / "sweep")] == ["running"]
+
+
 def test_a_final_trial_is_measured_on_held_out_images_at_its_own_seed(tmp_path: Path):
     work = work_of(tmp_path)
     trials = [perform(work, trial_of(work, kind="final", seed=seed), Ears(1)) for seed in (4, 5)]
