@@ -3,14 +3,17 @@
     python -m benchmarks.sweep_kills FOLDER [--kills N] [--after N] [-- SPACE RECIPE OPTION...]
 
 Runs `hdistill tune` in a process of its own and kills it, with all that it started, by SIGKILL as soon as so many more
-trials have ended; starts it again; and so on, then to the end. Before each kill the trials that have ended are noted
-down: none of their files may change afterwards. By default: 30 trials of the schedule of a small digits recipe.
+trials have ended and a drawn while has passed, so that others are half-way; starts it again; and so on, then to the end.
+Before each kill the trials that have ended are noted down: none of their files may change afterwards. By default: 30
+trials of the schedule of a small digits recipe.
 """
 
 import argparse
 import json
 import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -61,11 +64,13 @@ def ended(sweep: Path) -> dict[str, Trial]:
 def run(command: list[str], folder: Path, kills: int, after: int) -> dict[str, Any]:
     """Kill and start again; what came of it."""
     sweep, noted, doubled, sessions = folder / "sweep", dict[str, Trial](), set[str](), 0
+    chance = random.Random(kills)
     while True:
         driver, sessions, before = Driver(command, folder / "log.txt"), sessions + 1, len(ended(sweep))
         while driver.code is None and (sessions > kills or len(ended(sweep)) < before + after):
             time.sleep(0.2)
         if driver.code is None:
+            time.sleep(chance.uniform(0.2, 0.8) * _seconds_a_trial(sweep))
             driver.kill()
         now = ended(sweep)
         doubled |= {key for key, trial in noted.items() if now.get(key) != trial}
@@ -75,6 +80,10 @@ def run(command: list[str], folder: Path, kills: int, after: int) -> dict[str, A
             return _figures(sweep, noted, doubled, sessions)
         if sessions > kills:
             raise SystemExit(f"the sweep ended with {driver.code}: see {folder / 'log.txt'}")
+
+
+def _seconds_a_trial(sweep: Path) -> float:
+    return statistics.median(trial.seconds for trial in ended(sweep).values())
 
 
 def _figures(sweep: Path, noted: dict[str, Trial], doubled: set[str], sessions: int) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class Sweep:
     def _perform(self, title: str, trials: Sequence[Trial]) -> None:
         """Perform those that have not ended."""
         ended = {trial.key for trial in stored_trials(self.folder) if trial.state != "running"}
-        left = list({trial.key: trial for trial in trials if trial.key not in ended}.values())
+        left = list({trial.key: trial for trial in reversed(trials) if trial.key not in ended}.values())[::-1]
         if not left:
             return
         with bar(self.console, title, len(left)) as show, self._times:

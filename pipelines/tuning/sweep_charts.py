@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipelines.charts import style, to_png
 from pipelines.figures import LIGHT, Theme
-from pipelines.tuning.results import HAND_SET, Finalist
+from pipelines.tuning.results import HAND_SET, Finalist, Interval
 from pipelines.tuning.trial import Trial
 from tune_spaces.space import Choice, Distribution, Uniform
 
@@ -118,28 +118,28 @@ def _marks(parameter: Distribution) -> list[tuple[float, str]]:
 
 
 def finalist_intervals(found: Sequence[Finalist], *, theme: Theme = LIGHT) -> bytes:
-    """A PNG with the FID of each finalist at every seed, its mean and its interval, the best on top."""
+    """A PNG of the finalists, the best on top: FID minus that of the recipe as it is, seed by seed, mean and interval.
+
+    Where the recipe as it is was not trained, FID itself.
+    """
+    told = any(one.against for one in found)
     colours: dict[str, str] = dict(zip(("search", "random", "baseline"), (*theme.students[:2], theme.ink), strict=True))
+    own = next((one.fids for one in found if one.against is None), {}) if told else {}
     with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9, 0.9 + 0.3 * len(found)), layout="constrained")
-        axes = figure.add_subplot(xlabel="FID on held-out images (dots: seeds; line: 95% interval of the mean)")
+        what = "FID minus that of the recipe as it is" if told else "FID"
+        axes = figure.add_subplot(xlabel=f"{what} (dots: seeds; line: 95% interval)")
         for place, one in enumerate(found):
-            known: dict[str, Any] = {"color": colours[one.kind]}
-            axes.plot(list(one.fids.values()), [place] * len(one.fids), "o", markersize=4, alpha=0.5, **known)
-            axes.errorbar(
-                [one.score.mean], [place], xerr=[[one.score.half or 0.0]] * 2, marker="|", markersize=12, **known
-            )
-        axes.set_yticks(range(len(found)), [one.name for one in found])
+            _draw_finalist(axes, place, one, own, colours[one.kind])
+        axes.set_yticks(range(len(found)), [f"{one.name}   {one.score.mean:.2f}" for one in found])
         axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
         axes.invert_yaxis()
-        values = [value for one in found for value in one.fids.values()]
-        axes.set_xlim(*_range(values))
         return to_png(figure)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """What is worth seeing: from the least to where all but far outliers lie."""
-    low, middle, high = min(values), float(np.median(values)), max(values)
-    high = min(high, middle + 6 * (middle - low) or high)
-    room = 0.06 * max(high - low, 1e-9)
-    return low - 2 * room, high + room
+def _draw_finalist(axes: Axes, place: int, one: Finalist, own: Mapping[int, float], colour: str) -> None:
+    values = [fid - own[seed] if own else fid for seed, fid in one.fids.items() if not own or seed in own]
+    interval = (one.against or Interval(mean=0.0, half=None)) if own else one.score
+    axes.plot(values, [place] * len(values), "o", markersize=4, alpha=0.5, color=colour)
+    spread = [[interval.half or 0.0]] * 2
+    axes.errorbar([interval.mean], [place], xerr=spread, marker="|", markersize=12, color=colour)
