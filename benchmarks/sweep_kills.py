@@ -3,7 +3,7 @@
     python -m benchmarks.sweep_kills FOLDER [--kills N] [--after N] [-- SPACE RECIPE OPTION...]
 
 Runs `hdistill tune` in a process of its own and kills it, with all that it started, by SIGKILL as soon as so many more
-trials have ended and a drawn while has passed, so that others are half-way; starts it again; and so on, then to the end.
+trials have ended and a drawn while has passed, so that others are half-way; starts it again; and so on to the end.
 Before each kill the trials that have ended are noted down: none of their files may change afterwards. By default: 30
 trials of the schedule of a small digits recipe.
 """

@@ -41,6 +41,7 @@ def space_of(**parameters: Any) -> Space:
 
 
 def work_of(folder: Path, *settings: str, **known: Any) -> Work:
+    folder.mkdir(exist_ok=True)
     recipe = tiny_recipe(folder, "track.enabled=false", "stages.sfd_2.checkpoint_every=1", *settings)
     told: dict[str, Any] = {"space": space_of(), "num_samples": 50, "rungs": 4, **known}
     return Work(sweep=folder / "sweep", recipe=recipe, **told)
@@ -511,6 +512,19 @@ def test_a_trial_whose_process_dies_goes_on(tmp_path: Path, monkeypatch: pytest.
     (trial,) = told
     assert trial.state == "done" and trial.lives == 2 and [int(step) for step, _ in trial.points] == [1, 2, 3, 4]
     assert stored(work.sweep / "trials" / trial.key) == trial
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_may_train_in_workers_of_their_own(tmp_path: Path):
+    work, told = work_of(tmp_path, "train.num_workers=1", rungs=2), list[Trial]()
+    rooms = searching.Rooms(SearchConfig(), work)
+    assert rooms.nested and rooms.slots == 1  # 4 CPUs, one of them free, and 2 for each trial
+    searching.perform_all(work, [trial_of(work)], rooms, told.append)
+    (trial,) = told
+    assert trial.state == "done" and [int(step) for step, _ in trial.points] == [2, 4], trial.mistake
+    here = perform(work_of(tmp_path / "here", rungs=2), trial_of(work), Ears())
+    assert trial.points == [pytest.approx(point, rel=1e-4) for point in here.points]
 
 
 class _Deadly:
