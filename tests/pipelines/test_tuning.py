@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -503,14 +505,28 @@ def test_schedules_are_compared_with_those_that_are_programmed(tmp_path: Path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_whose_process_dies_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    work = work_of(tmp_path)
-    rooms, told = searching.Rooms(SearchConfig(slots=1), work), list[Trial]()
+def test_a_trial_whose_process_dies_goes_on(tmp_path: Path):
+    driver, mark, sweep = os.getpid(), tmp_path / "killed", tmp_path / "sweep"
+
+    def kill_at_the_second_point() -> None:
+        while not any(len(json.loads(file.read_text())["points"]) > 1 for file in sweep.glob("trials/*/trial.json")):
+            time.sleep(0.005)
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def changes(values: Any) -> dict[str, Any]:
+        if os.getpid() != driver and not mark.exists():
+            threading.Thread(target=kill_at_the_second_point, daemon=True).start()
+        return dict(values)
+
+    space = dataclasses.replace(space_of(), changes=changes)
+    work, told = work_of(tmp_path, "stages.sfd_2.num_steps=12", space=space, rungs=12), list[Trial]()
     prepare(work, work.trial_recipe({}, 3, final=False), Console(quiet=True))
-    monkeypatch.setattr(searching, "_report", _Deadly(tmp_path))
-    searching.perform_all(work, [trial_of(work)], rooms, told.append)
+    config = SearchConfig(slots=1, num_trials=1)
+    searching.search(work, config, [], searching.Rooms(config, work), told.append)
     (trial,) = told
-    assert trial.state == "done" and trial.lives == 2 and [int(step) for step, _ in trial.points] == [1, 2, 3, 4]
+    assert mark.exists() and trial.state == "done" and trial.lives == 2
+    assert [int(step) for step, _ in trial.points] == list(range(1, 13))
     assert stored(work.sweep / "trials" / trial.key) == trial
 
 
@@ -525,18 +541,6 @@ def test_trials_may_train_in_workers_of_their_own(tmp_path: Path):
     assert trial.state == "done" and [int(step) for step, _ in trial.points] == [2, 4], trial.mistake
     here = perform(work_of(tmp_path / "here", rungs=2), trial_of(work), Ears())
     assert trial.points == [pytest.approx(point, rel=1e-4) for point in here.points]
-
-
-class _Deadly:
-    """Kills the process at the second point, once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._mark = folder / "killed"
-
-    def __call__(self, step: int, score: float) -> None:
-        if step == 2 and not self._mark.exists():
-            self._mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_more_slots_than_there_is_room_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
