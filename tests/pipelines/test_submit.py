@@ -138,6 +138,7 @@ class TestOnACluster:
 
     def test_ctrl_c_stops_the_watching_and_not_the_job(self, head: Head, tmp_path: Path):
         recipe, settings = tiny.write_recipe(tmp_path), (*tiny.UNTRACKED, "--set", "precompute.num_actors=0")
+        settings = (*settings, "--set", "stages.sfd_4.num_steps=300")  # it must not end before it is left
         watching = subprocess.Popen(
             head.command(recipe, "--run-dir", "left", *settings),
             cwd=head.home,
@@ -155,7 +156,7 @@ class TestOnACluster:
         assert "goes on without you" in said and f"ray job logs --follow --address {head.url} raysubmit_" in said
         assert "ray job stop" in said
         report = head.home / "left" / "report.json"
-        for _ in range(600):
+        for _ in range(1800):
             if report.exists():
                 return
             time.sleep(0.1)
