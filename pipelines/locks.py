@@ -232,12 +232,18 @@ class Lease:
                 there = self._read()
                 if not self._is_ours(there):
                     self.lost = f"by {Holder.read(there) or 'another process'}" if there else "and given back"
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends a wait, too
-                    return
+                    return self._interrupt()
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._replace(there or "", self._holder)
             except Exception:  # the store is away, for others as well; the next look decides
                 continue
+
+    def _interrupt(self) -> None:
+        """Stop the main thread, in a wait, too; again and again, since one that comes as a wait begins is not heard."""
+        told = False
+        while not told:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            told = self._ended.wait(self.seconds)
 
     def _is_ours(self, there: str | None) -> bool:
         holder = Holder.read(there) if there else None

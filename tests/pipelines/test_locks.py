@@ -181,6 +181,20 @@ def test_a_driver_that_slept_too_long_stops_and_says_who_went_on(url: str, drive
     assert f"was taken over by process {os.getpid()} of " in said and said.endswith("stopped here")
 
 
+def test_a_lost_lease_is_told_until_it_is_heard(tmp_path: Path):
+    lease, heard, latest = Lease(tmp_path / "lock.json", seconds=0.05), list[float](), time.monotonic() + 20
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(time.monotonic()))
+    try:
+        lease.acquire(lambda _text: None)
+        (tmp_path / "lock.json").write_text(Holder.here().text)
+        while len(heard) < 2 and time.monotonic() < latest:
+            time.sleep(0.01)
+        lease.release()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(heard) >= 2 and lease.lost and str(os.getpid()) in lease.lost
+
+
 def test_of_many_that_come_at_once_one_gets_the_lease(shared: tuple[Path, tuple[object, ...]]):
     folder, _ = shared
     (folder / "lock.json").write_text(Holder.here().text)  # of a driver that is dead
