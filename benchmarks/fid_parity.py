@@ -43,8 +43,8 @@ class RandomInception(nn.Module):
         from torchvision.models import inception_v3
 
         if quick:
-            convolutions = [nn.Conv2d(3, 64, 15, stride=12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-            self.layers, self.output = nn.Sequential(*convolutions, nn.Linear(64, 2048)), nn.Linear(2048, 10)
+            convolution = [nn.Conv2d(3, 2048, 15, stride=12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+            self.layers, self.output = nn.Sequential(*convolution), nn.Linear(2048, 10)
             return
         net = inception_v3(weights=None, aux_logits=False, init_weights=True, transform_input=False)
         net.fc, net.dropout = nn.Identity(), nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
@@ -57,7 +57,12 @@ class RandomInception(nn.Module):
 def write_weights(folder: Path, quick: bool) -> Path:
     """A TorchScript file as NVIDIA's is."""
     torch.manual_seed(0)
-    model = RandomInception(quick).eval()
+    model = RandomInception(quick).train()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = None  # it takes the statistics of the batch as they are; without any, features reach 1e7
+    with torch.no_grad():
+        model(nn.functional.interpolate(torch.randn(16, 3, 12, 12), 299, mode="bilinear"))
+    model.eval()
     torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 299, 299)), folder / WEIGHTS)
     return folder / WEIGHTS
 

@@ -265,8 +265,8 @@ class RunDir:
     @property
     def holds_results(self) -> bool:
         """Whether anything was computed here that another recipe would clash with."""
-        made = ("prompts", "trajectories", "images", "latents", "stages", "evaluate")
-        return any((self.path / part).is_dir() for part in made)
+        made = (self.prompts, self.trajectories, self.images, self.latents, self.evaluation, self.path / "stages")
+        return any(part.is_dir() for part in made)
 
     def stage(self, name: str) -> Path:
         """Checkpoints, curve and final weights of one stage."""

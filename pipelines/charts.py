@@ -22,8 +22,8 @@ from pipelines.figures import LIGHT, Theme
 if TYPE_CHECKING:
     from pipelines.report import Phase, Row
 
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-_LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "p", "h", "d", "8", "H")
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _CURVE_COLUMNS = 4
 _CURVE_POINTS = 1500
 _DOTS_PER_INCH = 180
@@ -116,7 +116,7 @@ def _fid_lines(axes: Axes, rows: Sequence["Row"], theme: Theme) -> list[tuple[st
     for place, ((generator, name), group) in enumerate(itertools.groupby(_by_line(rows), key=_line)):
         points = np.array(sorted((row.nfe, row.fid) for row in group))
         color = theme.students[students.index(generator) % len(theme.students)] if generator in students else theme.ink
-        style, marker = _LINES[num_solvers[generator] % len(_LINES)], _MARKERS[place % len(_MARKERS)]
+        style, marker = LINES[num_solvers[generator] % len(LINES)], MARKERS[place % len(MARKERS)]
         size = 8 if len(points) == 1 else 6
         axes.plot(*points.T, color=color, linestyle=style, marker=marker, markersize=size, linewidth=1.8)
         num_solvers[generator] += 1
@@ -125,7 +125,7 @@ def _fid_lines(axes: Axes, rows: Sequence["Row"], theme: Theme) -> list[tuple[st
 
 
 def _line(row: "Row") -> tuple[str, str]:
-    return row.generator, row.generator_name if row.stage else f"{row.generator_name}, {row.solver_name}"
+    return row.generator, row.line_name
 
 
 def _by_line(rows: Sequence["Row"]) -> list["Row"]:

@@ -14,14 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from pipelines.charts import style, to_png
+from pipelines.charts import LINES, MARKERS, style, to_png
 from pipelines.comparison import Entry, Group
 from pipelines.figures import LIGHT, Theme
 
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "p", "h", "d", "8", "H")
 _STEP_ASIDE = 1.025
 _LOGARITHMIC = 4.0  # a range of less has too few round numbers on a logarithmic axis
-_LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _AXES = {
     "nfe": "network calls a picture (NFE)",
     "train_seconds": "seconds of training",
@@ -63,25 +61,16 @@ def fid_against(group: Group, keys: Sequence[str], *, theme: Theme = LIGHT) -> b
 
 def points_of(group: Group, key: str) -> list[Entry]:
     """The entries that have a positive value to be drawn at; costs and training are the students'."""
-    return [entry for entry in group.entries if (_x(entry, key) or 0) > 0]
-
-
-def _x(entry: Entry, key: str) -> float | None:
-    return entry.value(key)
+    return [entry for entry in group.entries if (entry.value(key) or 0) > 0]
 
 
 def _looks(group: Group, theme: Theme) -> _Looks:
-    generators = dict.fromkeys(_name(entry) for entry in group.entries)
+    generators = dict.fromkeys(entry.row.line_name for entry in group.entries)
     return _Looks(
         colors=dict(zip(group.runs, itertools.cycle(theme.students))),
-        markers=dict(zip(generators, itertools.cycle(_MARKERS))),
+        markers=dict(zip(generators, itertools.cycle(MARKERS))),
         theme=theme,
     )
-
-
-def _name(entry: Entry) -> str:
-    row = entry.row
-    return row.generator_name if row.stage else f"{row.generator_name}, {row.solver_name}"
 
 
 def _color(entry: Entry, looks: _Looks) -> str:
@@ -92,15 +81,15 @@ def _draw(axes: Axes, entries: Sequence[Entry], key: str, looks: _Looks) -> None
     lines: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         for run in entry.runs:
-            lines.setdefault((run, _name(entry)), []).append(entry)
+            lines.setdefault((run, entry.row.line_name), []).append(entry)
     for line in lines.values():
-        _draw_line(axes, sorted(line, key=lambda entry: _x(entry, key) or 0), key, looks)
+        _draw_line(axes, sorted(line, key=lambda entry: entry.value(key) or 0), key, looks)
     axes.set_xscale("log")
     fids = [entry.row.fid for entry in entries]
     if min(fids) > 0 and max(fids) > _LOGARITHMIC * min(fids):
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis, max(fids) / min(fids))
-    values = [_x(entry, key) or 1 for entry in entries]
+    values = [entry.value(key) or 1 for entry in entries]
     low, high = min(values), max(values)
     axes.set_xlim(low / 1.25, high * 1.25)
     _plain_numbers(axes.xaxis, high / low * 1.5)
@@ -108,17 +97,17 @@ def _draw(axes: Axes, entries: Sequence[Entry], key: str, looks: _Looks) -> None
 
 def _draw_line(axes: Axes, line: Sequence[Entry], key: str, looks: _Looks) -> None:
     aside = _aside(line[0], looks)
-    x, y = [aside * (_x(entry, key) or 0) for entry in line], [entry.row.fid for entry in line]
+    x, y = [aside * (entry.value(key) or 0) for entry in line], [entry.row.fid for entry in line]
     ends = [entry.row.intervals.get("fid") or [entry.row.fid] * 2 for entry in line]
     spread = [[max(0.0, fid - low), max(0.0, high - fid)] for fid, (low, high) in zip(y, ends, strict=True)]
     known = any(map(any, spread))
     student = bool(line[0].row.stage)
     place = list(looks.colors).index(line[0].runs[0]) if student else 0
-    joined = _LINES[place // len(looks.theme.students) % len(_LINES)] if key == "nfe" else "none"
+    joined = LINES[place // len(looks.theme.students) % len(LINES)] if key == "nfe" else "none"
     width, front = (1.6, 3) if student else (1.1, 2)
     axes.errorbar(
         x, y, yerr=np.transpose(spread) if known else None,
-        color=_color(line[0], looks), marker=looks.markers[_name(line[0])], markersize=6,
+        color=_color(line[0], looks), marker=looks.markers[line[0].row.line_name], markersize=6,
         linestyle=joined, linewidth=width, elinewidth=1.3, capsize=3, alpha=0.9, zorder=front,
     )  # fmt: skip
 
@@ -126,7 +115,7 @@ def _draw_line(axes: Axes, line: Sequence[Entry], key: str, looks: _Looks) -> No
 def _aside(entry: Entry, looks: _Looks) -> float:
     """A factor near 1 that keeps the error bars of runs and generators at one place apart."""
     run = list(looks.colors).index(entry.runs[0]) - (len(looks.colors) - 1) / 2
-    return _STEP_ASIDE ** (run + 0.5 * (list(looks.markers).index(_name(entry)) % 2))
+    return _STEP_ASIDE ** (run + 0.5 * (list(looks.markers).index(entry.row.line_name) % 2))
 
 
 def _short_number(value: float) -> str:
@@ -145,7 +134,7 @@ def _plain_numbers(axis: object, ratio: float) -> None:
 
 def _legend(group: Group, keys: Sequence[str], looks: _Looks) -> list[Line2D]:
     """The colour of each run, then the marker of each generator."""
-    drawn = {_name(entry): entry for key in keys for entry in points_of(group, key)}
+    drawn = {entry.row.line_name: entry for key in keys for entry in points_of(group, key)}
     runs = [Line2D([], [], color=color, linewidth=4, label=run) for run, color in looks.colors.items()]
     return runs + [
         Line2D([], [], color=looks.theme.muted if entry.row.stage else looks.theme.ink, marker=looks.markers[name],

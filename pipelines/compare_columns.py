@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pipelines.comparison import BETTER, COSTS, Comparison, Group, Measurement, leaders
 from pipelines.report_columns import columns
+from pipelines.tables import needed_width
 
 Mark = Literal["best", "tied"]
 QUALITY = ("nfe", "fid", "fid_spread", "second_fid", "kid", "precision", "recall")
@@ -94,13 +95,13 @@ def _sections(group: Group) -> Iterator[list[int]]:
 
 def _print_tables(group: Group, console: Console) -> None:
     """One table, or where the terminal is narrow one of quality and one of cost."""
-    every, wide = marked_columns(group), console.options.update(max_width=10_000)
+    every = marked_columns(group)
     parts = [[column for column in every if column.name in names] for names in (QUALITY, COST)]
     tables = [_table(group, every)]
-    if tables[0].__rich_measure__(console, wide).maximum > console.width:
+    if needed_width(tables[0], console) > console.width:
         tables = [_table(group, part) for part in parts]
     for table in tables:
-        table.width = table.__rich_measure__(console, wide).maximum
+        table.width = needed_width(table, console)
         console.print(table, crop=False, no_wrap=True)
 
 

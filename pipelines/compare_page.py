@@ -1,15 +1,14 @@
 """The page of a comparison, `compare.html`, one file that can be sent on, and the pictures on it, `figures/*.png`."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from pipelines import figures
 from pipelines.artifacts import write_text
 from pipelines.compare_charts import fid_against, points_of
 from pipelines.compare_columns import LEGEND, marked_columns, measured
 from pipelines.comparison import Compared, Comparison, Group
+from pipelines.figures import comparison_sheet
 from pipelines.page import Picture, template, write_pictures
 from pipelines.report import Row
 from pipelines.report_columns import digits
@@ -46,9 +45,7 @@ def _charts(group: Group, place: int) -> list[Picture]:
     drawn = []
     for name, (title, keys) in _CHARTS.items():
         if any(points_of(group, key) for key in keys):
-            draw = partial(fid_against, group, keys)
-            light, dark = draw(theme=figures.LIGHT), draw(theme=figures.DARK)
-            drawn.append(Picture(name=name + end, title=title, light=light, dark=dark))
+            drawn.append(Picture.drawn(name + end, title, fid_against, group, keys))
     return drawn
 
 
@@ -87,8 +84,6 @@ def _noises(one: tuple[Compared, Samples]) -> tuple[str, tuple[int, ...], bytes]
 def _sheet(kept: Sequence[tuple[Compared, Samples]], place: int) -> Picture:
     write = digits([samples.row.fid for _, samples in kept])
     entries = [(f"{run.name}: {one.row.label}", f"FID {write(one.row.fid)}", one.images) for run, one in kept]
-    light, dark = (
-        figures.comparison_sheet(entries, kept[0][1].labels, theme=theme) for theme in (figures.LIGHT, figures.DARK)
-    )
     title = f"The same noises through {', '.join(dict.fromkeys(run.name for run, _ in kept))}"
-    return Picture(name=f"same_noises{'' if place == 1 else f'_{place}'}", title=title, light=light, dark=dark)
+    name = f"same_noises{'' if place == 1 else f'_{place}'}"
+    return Picture.drawn(name, title, comparison_sheet, entries, kept[0][1].labels)

@@ -310,7 +310,7 @@ class Evaluator:
     def row(
         self, generator: Generator, ours: np.ndarray, theirs: np.ndarray, cosines: np.ndarray | None, **cost: Any
     ) -> Row:
-        """What is known of its samples says of a generator.
+        """The row of a generator, from what is known of its samples.
 
         Args:
             ours: ``(n, d)`` features.

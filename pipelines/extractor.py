@@ -65,7 +65,7 @@ class Extractor:
         """Features of images that have the net's size."""
         from cleanfid.fid import get_batch_features
 
-        # Contiguous channels first: a channels-last view changes the last bits of the features.
+        # Contiguous channels first, as clean-fid has them: a view of another layout changes the last bits.
         return get_batch_features(torch.from_numpy(np.ascontiguousarray(images)), self.model, torch.device(self.device))
 
 

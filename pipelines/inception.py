@@ -2,9 +2,11 @@
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipelines.artifacts import file_hash
@@ -28,15 +30,21 @@ def load_inception(given: str, device: str) -> Extractor:
     if path.name != WEIGHTS or not path.is_file():
         raise ValueError(f"Inception's weights are a file called {WEIGHTS}; there is none at {path}")
     try:
-        model = InceptionV3W(str(path.parent), download=False).eval().to(device)
+        net = InceptionV3W(str(path.parent), download=False).eval().to(device)
     except RuntimeError as error:
         raise ValueError(
             f"{path} is damaged: {str(error).splitlines()[0]}. Delete it, and it is fetched anew"
         ) from None
-    fingerprint, logits = file_hash(path), _logits(model.base)
+    fingerprint, logits = file_hash(path), _logits(net.base)
+    model = partial(_channels_last, net) if device == "cpu" else net
     return Extractor(
         name="inception", size=INCEPTION_SIZE, model=model, fingerprint=fingerprint, device=device, logits=logits
     )
+
+
+def _channels_last(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """A CPU's convolutions take this layout in two thirds of the time; features differ by rounding alone."""
+    return net(images.contiguous(memory_format=torch.channels_last))
 
 
 def _logits(base: Any) -> Callable[[Tensor], Tensor]:

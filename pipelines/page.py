@@ -1,15 +1,16 @@
 """What the pages for people share: pictures in two colours, templates, and how numbers are written on them."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 
 from pipelines.artifacts import as_text, atomic_path, flatten
+from pipelines.figures import DARK, LIGHT
 from pipelines.report_columns import calls, digits, with_interval
 
 
@@ -27,6 +28,12 @@ class Picture:
     """What is written to figures."""
     dark: bytes = b""
     """Empty: the light one suits both."""
+
+    @classmethod
+    def drawn(cls, name: str, title: str, draw: Callable[..., bytes], *data: Any, caption: str = "") -> Self:
+        """A figure as ``draw`` makes it of ``data`` and of a theme, in both themes."""
+        light, dark = (draw(*data, theme=theme) for theme in (LIGHT, DARK))
+        return cls(name=name, title=title, caption=caption, light=light, dark=dark)
 
 
 def write_pictures(pictures: Sequence[Picture], folder: Path) -> None:

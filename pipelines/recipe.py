@@ -171,7 +171,7 @@ class Recipe:
     def require_stage(self, name: str) -> None:
         """Raises ValueError where there is no stage of that name."""
         if name not in self.stages:
-            near = _nearest(name, self.stages)
+            near = nearest(name, self.stages)
             raise ValueError(f"there is no stage {name!r}{near}. Stages: {', '.join(self.stages)}")
 
     def chain(self, name: str) -> list[str]:
@@ -260,13 +260,13 @@ def load(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
         ValueError: there is no such recipe, or it or a setting is wrong.
     """
     path = find(name_or_path)
-    values = read_yaml(path, "recipe")
+    values = read_yaml(path, "recipe", _field_names(Recipe))
     recipe = from_dict({"name": path.stem, **values}, str(name_or_path))
     return override(recipe, dict(parse_setting(setting) for setting in settings))
 
 
-def read_yaml(path: Path, what: str) -> Mapping[str, Any]:
-    """The mapping in a YAML file.
+def read_yaml(path: Path, what: str, keys: Sequence[str]) -> Mapping[str, Any]:
+    """The mapping in a YAML file; ``keys`` are what it may hold.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -278,8 +278,7 @@ def read_yaml(path: Path, what: str) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
-        keys = f" with the keys {', '.join(_field_names(Recipe))}" if what == "recipe" else ""
-        raise ValueError(f"{path} must hold a mapping{keys}")
+        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(keys)}")
     return values
 
 
@@ -308,7 +307,7 @@ def find(name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         raise ValueError(f"recipe file {path} does not exist")
     raise ValueError(
-        f"unknown recipe {name_or_path!r}{_nearest(name_or_path, known)}. Known: {', '.join(known)}; "
+        f"unknown recipe {name_or_path!r}{nearest(name_or_path, known)}. Known: {', '.join(known)}; "
         "a recipe of your own is named by its path, ending in .yaml"
     )
 
@@ -350,14 +349,14 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         for depth, part in enumerate(parents):
             inner = _step_into(inner, part, ".".join(parents[:depth]))
         if not isinstance(inner, dict) or last not in inner:
-            raise ValueError(f"unknown key {key!r}{_nearest(last, inner)}. {_allowed('.'.join(parents), inner)}")
+            raise ValueError(f"unknown key {key!r}{nearest(last, inner)}. {_allowed('.'.join(parents), inner)}")
         inner[last] = value
     return from_dict(values)
 
 
 def _step_into(inner: Any, part: str, path: str) -> Any:
     if not isinstance(inner, dict) or part not in inner:
-        raise ValueError(f"unknown key {part!r}{_nearest(part, inner)}. {_allowed(path, inner)}")
+        raise ValueError(f"unknown key {part!r}{nearest(part, inner)}. {_allowed(path, inner)}")
     return inner[part]
 
 
@@ -367,7 +366,8 @@ def _allowed(path: str, inner: Any) -> str:
     return f"Keys {'of ' + path if path else 'at the top'}: {', '.join(inner)}"
 
 
-def _nearest(given: str, known: Any) -> str:
+def nearest(given: str, known: Any) -> str:
+    """``(did you mean ...?)`` in brackets, after a space; nothing where no name is like the one that was given."""
     near = difflib.get_close_matches(given, list(known), 1, 0.5) if isinstance(known, Mapping | list) else []
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -383,7 +383,7 @@ def _explain(error: dict[str, Any], values: Mapping[str, Any]) -> str | None:
     where = ".".join(keys)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         allowed = _field_names(owner)
-        return f"{where}: unknown key{_nearest(keys[-1], allowed)}. Keys here: {', '.join(allowed)}"
+        return f"{where}: unknown key{nearest(keys[-1], allowed)}. Keys here: {', '.join(allowed)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{'.'.join(keys[:-1])}: holds too few values" if keys[-1].isdigit() else f"{where}: required"
     if error["type"] in ("dataclass_type", "dict_type"):

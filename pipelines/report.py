@@ -20,6 +20,7 @@ from rich.text import Text
 from pipelines.artifacts import write_text
 from pipelines.report_columns import calls, columns, line_of
 from pipelines.report_page import render, render_stages
+from pipelines.tables import needed_width
 
 SCHEMA_VERSION = 4
 _READABLE_VERSIONS = (1, 2, 3, 4)
@@ -111,10 +112,14 @@ class Row:
         return _SOLVER_NAMES.get(self.solver, self.solver)
 
     @property
+    def line_name(self) -> str:
+        """Generator, and solver where there is a choice: `Teacher, Euler`."""
+        return self.generator_name if self.stage else f"{self.generator_name}, {self.solver_name}"
+
+    @property
     def label(self) -> str:
-        """Generator, solver where there is a choice, and calls: `Teacher, Euler, 8 calls`."""
-        names = [self.generator_name] if self.stage else [self.generator_name, self.solver_name]
-        return ", ".join([*names, calls(self.nfe)])
+        """The same with the number of calls: `Teacher, Euler, 8 calls`."""
+        return f"{self.line_name}, {calls(self.nfe)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,10 +285,9 @@ def print_table(report: Report, console: Console, *, run_dir: Path | None = None
     On a narrow terminal solvers take their short names and KID is left out, then quality and cost take a table each; no
     number is cut.
     """
-    wide = console.options.update(max_width=10_000)
     short = [column.name for column in columns(report.rows) if column.name != "kid"]
     for tables in ([_table(report, True)], [_table(report, False, short)], _split(report)):
-        widths = [table.__rich_measure__(console, wide).maximum for table in tables]
+        widths = [needed_width(table, console) for table in tables]
         if max(widths) <= console.width:
             break
     for table, width in zip(tables, widths, strict=True):

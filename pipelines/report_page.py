@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,9 +135,8 @@ def _sheet(samples: Sequence[Samples]) -> list[Picture]:
         return []
     write = digits([kept.row.fid for kept in same])
     entries = [(kept.row.label, f"FID {write(kept.row.fid)}", kept.images) for kept in same]
-    light, dark = (figures.comparison_sheet(entries, same[0].labels, theme=t) for t in (figures.LIGHT, figures.DARK))
-    title = "The same noises through every generator"
-    return [Picture(name="same_noises", title=title, caption=_prompts(same[0]), light=light, dark=dark)]
+    title, draw = "The same noises through every generator", figures.comparison_sheet
+    return [Picture.drawn("same_noises", title, draw, entries, same[0].labels, caption=_prompts(same[0]))]
 
 
 def _prompts(samples: Samples) -> str:
@@ -156,37 +156,20 @@ def _grid(samples: Samples) -> Picture:
 
 def _charts(report: "Report", curves: Mapping[str, Any]) -> dict[str, Picture]:
     """The charts that there is data for, by name."""
-    real_fid = report.reference["real_fid"]
-    drawings = {
-        "fid_against_nfe": (
-            "FID against network calls",
-            lambda t: charts.fid_against_nfe(report.rows, real_fid=real_fid, theme=t),
-        ),
-        "training_curves": ("Training curves", lambda t: charts.training_curves(curves, theme=t)),
-        "seconds_by_phase": ("Seconds by phase", lambda t: charts.seconds_by_phase(report.phases, theme=t)),
-    }  # fmt: skip
-    there = {
-        "fid_against_nfe": report.rows,
-        "training_curves": charts.has_losses(curves),
-        "seconds_by_phase": report.phases,
-    }
-    return {
-        name: Picture(name=name, title=title, light=draw(figures.LIGHT), dark=draw(figures.DARK))
-        for name, (title, draw) in drawings.items()
-        if there[name]
-    }
+    against_nfe, found = partial(charts.fid_against_nfe, real_fid=report.reference["real_fid"]), []
+    if report.rows:
+        found.append(Picture.drawn("fid_against_nfe", "FID against network calls", against_nfe, report.rows))
+    if charts.has_losses(curves):
+        found.append(Picture.drawn("training_curves", "Training curves", charts.training_curves, curves))
+    if report.phases:
+        found.append(Picture.drawn("seconds_by_phase", "Seconds by phase", charts.seconds_by_phase, report.phases))
+    return {picture.name: picture for picture in found}
 
 
 def _stability(curves: Mapping[str, stage_charts.Records]) -> list[Picture]:
     """A chart for each stage that has a discriminator or probes."""
-    draw = stage_charts.stability_chart
     return [
-        Picture(
-            name=f"stability-{stage}",
-            title=stage,
-            light=draw(records, theme=figures.LIGHT),
-            dark=draw(records, theme=figures.DARK),
-        )
+        Picture.drawn(f"stability-{stage}", stage, stage_charts.stability_chart, records)
         for stage, records in curves.items()
         if stage_charts.panels(records)
     ]
@@ -219,13 +202,8 @@ def _weight_picture(stage: str, looks: Looks, tapped: Sequence[object]) -> Pictu
         f"{name}: {fake:.3f} on generated, {real:.3f} on real pictures"
         for name, fake, real in zip(names, looks.fake.entropy, looks.real.entropy, strict=True)
     ]
-    return Picture(
-        name=f"weights-{stage}",
-        title=stage,
-        caption=f"Entropy of the weights: {'; '.join(entropies)}.",
-        light=weight_sheet(looks, names, theme=figures.LIGHT),
-        dark=weight_sheet(looks, names, theme=figures.DARK),
-    )
+    caption = f"Entropy of the weights: {'; '.join(entropies)}."
+    return Picture.drawn(f"weights-{stage}", stage, weight_sheet, looks, names, caption=caption)
 
 
 def _tapped(recipe: Mapping[str, Any], stage: str) -> Sequence[object]:

@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,7 +17,6 @@ from pipelines.assembly import Assembly
 from pipelines.cluster import is_running, stop_ray
 from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
 from pipelines.evaluate import Evaluator, Generator
-from pipelines.journal import Status
 from pipelines.measures import caution
 from pipelines.peer_pictures import measure_pictures
 from pipelines.peers import PICTURES
@@ -28,13 +25,13 @@ from pipelines.process import environment
 from pipelines.production import Made, produce, start_for
 from pipelines.progress import Counter, bar
 from pipelines.recipe import Recipe, determining
+from pipelines.recording import default_store, recorded, tracker_of
 from pipelines.report import Phase, Report, Row, write_report
 from pipelines.report_columns import MEASURES
 from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob
-from pipelines.storage import local_stand_in
 from pipelines.tracked import best_student, best_tags, description, measured_by, summary_of
-from pipelines.tracking import NoopTracker, Tracker, open_tracker
+from pipelines.tracking import NoopTracker, Tracker
 from pipelines.train import train_stage
 from pipelines.trainer import Watch
 from pipelines.watching import RemoteWatch, follow, log_point
@@ -84,13 +81,10 @@ class Run(Assembly):
         with self.dir.locked(self.say):
             self._claim()
             self._say_what_is_skipped()
-            self._open_tracker()
-            try:
+            self.tracker = tracker_of(self.recipe, self.dir, self._origin())
+            self.tracker.params(self.recipe.to_dict())
+            with recorded(self.tracker):
                 yield
-                self.tracker.finish("FINISHED")
-            except BaseException as error:
-                self.tracker.finish(ending(error))
-                raise
 
     def train_stages(self, names: Sequence[str]) -> None:
         """Shards, then some stages and all that they start from; every stage where none is named.
@@ -117,21 +111,6 @@ class Run(Assembly):
         if self.splits.skipped:
             write_json(path, {picture.name: picture.reason for picture in self.splits.skipped})
         self.splits.say_skipped(self.console, str(path))
-
-    def _open_tracker(self) -> None:
-        state = read_json(self.dir.state) or {}
-        recipe = self.recipe
-        self.tracker = open_tracker(
-            recipe.track,
-            recipe_name=recipe.name,
-            run_name=self.dir.path.name,
-            run_dir=self.dir.path,
-            default_store=default_store(self.dir),
-            resume_run_id=state.get("run_id"),
-            tags={**self._origin(), "fingerprint": recipe.fingerprint, "hdistill": version("hdistill")},
-        )
-        self.tracker.params(recipe.to_dict())
-        write_json(self.dir.state, {**state, "run_id": self.tracker.run_id})
 
     def prepare_shards(self) -> None:
         """Text embeddings, real images, latents and trajectories, as far as this run reads them."""
@@ -211,20 +190,15 @@ class Run(Assembly):
             )
 
     def _train(self, job: StageJob) -> None:
-        tracker = self._stage_tracker(job)
-        tracker.params(self.recipe.to_dict()["stages"][job.name])
-        try:
+        with recorded(self._stage_tracker(job)) as tracker:
+            tracker.params(self.recipe.to_dict()["stages"][job.name])
             with self.progress(f"train {job.name}", job.stage.num_steps) as show:
                 if job.train.num_workers:
                     self._train_remotely(job, tracker, show)
                 else:
                     watch = Watch(progress=show, logged=partial(log_point, tracker), note=self.say)
                     train_stage(job, lambda: watch)
-        except BaseException as error:
-            tracker.finish(ending(error))
-            raise
-        tracker.artifact(job.weights, "model")
-        tracker.finish("FINISHED")
+            tracker.artifact(job.weights, "model")
 
     def _stage_tracker(self, job: StageJob, *, reopen: bool = True) -> Tracker:
         stage = job.stage
@@ -378,11 +352,6 @@ def metrics_of_row(row: Row) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def ending(error: BaseException) -> Status:
-    """How a tracked run ended that raised."""
-    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-
-
 def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
     """Refuse a directory that another recipe made.
 
@@ -396,8 +365,3 @@ def check_recipe(run_dir: RunDir, recipe: Recipe) -> None:
             f"{run_dir.path} was made by another recipe ({'; '.join(differing)}). Use another --run-dir, or go back to"
             " its settings; nothing was changed"
         )
-
-
-def default_store(run_dir: RunDir) -> Path:
-    """The sqlite file for tracking, shared by the run directories beside this one; `runs/mlflow.db` for remote ones."""
-    return local_stand_in(run_dir.path).resolve().parent / "mlflow.db"

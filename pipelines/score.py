@@ -25,6 +25,7 @@ from pipelines.production import Actors
 from pipelines.progress import bar
 from pipelines.published import load_statistics
 from pipelines.report_columns import MEASURES
+from pipelines.tables import needed_width
 
 ALL = "all"
 
@@ -82,11 +83,17 @@ def score(asked: Asked, console: Console) -> dict[str, Any]:
             do not match.
     """
     clip = Clip.of(asked.clip, default_device(), "--clip") if asked.clip else None
-    captions = _captions(asked) if clip else []
+    pictures = _files(asked.pictures)
+    reference = _files(asked.reference) if Path(asked.reference).expanduser().is_dir() else None
+    captions = _captions(asked, pictures, reference) if clip else []
     extractor = load_extractor(asked.features, default_device())
-    ours, theirs = _folder(asked.pictures, asked, extractor, console), _reference(asked, extractor, console)
+    ours = _side(pictures, asked, extractor, console)
+    if reference:
+        theirs = _side(reference, asked, extractor, console)
+    else:
+        theirs = _Side(moments=load_statistics(asked.reference, extractor.name))
     if clip:
-        ours = replace(ours, cosines=_cosines(captions, clip, asked, console))
+        ours = replace(ours, cosines=_cosines(pictures, captions, clip, asked, console))
     return {
         "pictures": asked.pictures,
         "reference": asked.reference,
@@ -103,9 +110,8 @@ def score(asked: Asked, console: Console) -> dict[str, Any]:
     }
 
 
-def _folder(folder: str, asked: Asked, extractor: Extractor, console: Console) -> _Side:
-    files = _files(folder)
-    with bar(console, f"{extractor.name} features of {folder}", len(files)) as show:
+def _side(files: PictureFiles, asked: Asked, extractor: Extractor, console: Console) -> _Side:
+    with bar(console, f"{extractor.name} features of {Path(files.folder).name}", len(files)) as show:
         features = picture_features(files, asked.features, extractor, asked.cache, asked.actors, show)
     return _Side(moments=Moments.of(features), features=features, categories=files.categories)
 
@@ -114,31 +120,25 @@ def _files(folder: str) -> PictureFiles:
     return PictureFiles(str(Path(folder).expanduser().resolve()))
 
 
-def _cosines(captions: list[str], clip: Clip, asked: Asked, console: Console) -> np.ndarray:
-    with bar(console, f"CLIP score of {asked.pictures}", len(captions)) as show:
-        return picture_cosines(_files(asked.pictures), captions, clip, asked.cache, asked.actors, show)
+def _cosines(pictures: PictureFiles, captions: list[str], clip: Clip, asked: Asked, console: Console) -> np.ndarray:
+    with bar(console, f"CLIP score of {Path(pictures.folder).name}", len(captions)) as show:
+        return picture_cosines(pictures, captions, clip, asked.cache, asked.actors, show)
 
 
-def _captions(asked: Asked) -> list[str]:
+def _captions(asked: Asked, pictures: PictureFiles, reference: PictureFiles | None) -> list[str]:
     """Of each picture: from the file that is given, from beside the picture, or from the reference's by its name."""
-    pictures = _files(asked.pictures).source
+    names = pictures.source.names
     if asked.captions:
-        return assigned(pictures.names, load_captions(asked.captions), str(asked.captions))
-    if own := own_captions(pictures):
+        return assigned(names, load_captions(asked.captions), str(asked.captions))
+    if own := own_captions(pictures.source):
         return own
-    theirs = by_name(_files(asked.reference).source) if Path(asked.reference).expanduser().is_dir() else {}
+    theirs = by_name(reference.source) if reference else {}
     if not theirs:
         raise ValueError(
             f"--clip compares pictures with their captions, and there are none beside {asked.pictures} nor in"
             f" {asked.reference}: give --captions FILE"
         )
-    return assigned(pictures.names, theirs, asked.reference)
-
-
-def _reference(asked: Asked, extractor: Extractor, console: Console) -> _Side:
-    if Path(asked.reference).expanduser().is_dir():
-        return _folder(asked.reference, asked, extractor, console)
-    return _Side(moments=load_statistics(asked.reference, extractor.name))
+    return assigned(names, theirs, asked.reference)
 
 
 def _compared(ours: _Side, theirs: _Side, by_category: bool) -> Iterator[tuple[str, _Side, _Side]]:
@@ -177,9 +177,9 @@ def print_score(result: dict[str, Any], console: Console) -> None:
     rows = result["rows"]
     left = [name for name, key in MEASURES.items() if any(row.get(key) is not None for row in rows)]
     while left:
-        fitting = (count for count in range(len(left), 1, -1) if _width(rows, left[:count], console) <= console.width)
-        count = next(fitting, 1)
-        console.print(_table(rows, left[:count]))
+        tables = {count: _table(rows, left[:count]) for count in range(len(left), 0, -1)}
+        count = next((count for count, table in tables.items() if needed_width(table, console) <= console.width), 1)
+        console.print(tables[count])
         left = left[count:]
     judged = f" CLIP: {result['clip']}." if "clip" in result else ""
     for line in (f"Features: {result['features']}.{judged} In brackets: 95% intervals.", result["caution"]):
@@ -194,12 +194,6 @@ def _table(rows: list[dict[str, Any]], names: Sequence[str]) -> Table:
     for row in rows:
         table.add_row(row["category"], f"{row['count']:,}", *(_cell(row, MEASURES[name]) for name in names))
     return table
-
-
-def _width(rows: list[dict[str, Any]], names: Sequence[str], console: Console) -> int:
-    """Columns of the terminal that a table needs."""
-    wide = console.options.update(max_width=10_000)
-    return _table(rows, names).__rich_measure__(console, wide).maximum
 
 
 def _cell(row: dict[str, Any], key: str) -> str:

@@ -64,6 +64,14 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path) if scheme == "sqlite" and path else None
 
 
+def check_recorded(uri: str) -> None:
+    """Raises ValueError where a store is a file that is not there: MLflow would make an empty one."""
+    if (file := sqlite_file(uri)) and not file.exists():
+        raise ValueError(
+            f"nothing is recorded in {file} yet: start with `hdistill run RECIPE`, or name another --store"
+        )
+
+
 def artifact_folder(uri: str, default_store: Path) -> str | None:
     """Where artifacts go: `mlartifacts` beside the database; a tracking server has its own place."""
     if urlsplit(uri).scheme in ("http", "https", "databricks") or uri == "databricks":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.stores import redact, sqlite_file
+from pipelines.stores import check_recorded, redact
 from pipelines.tracking import PARENT_TAG, client_of
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ def find_runs(uri: str, query: str) -> list[Tracked]:
     """
     from mlflow.exceptions import MlflowException
 
-    if (file := sqlite_file(uri)) and not file.exists():
-        raise ValueError(
-            f"nothing is recorded in {file} yet: start with `hdistill run RECIPE`, or name another --store"
-        )
+    check_recorded(uri)
     client = client_of(uri)
     try:
         found = [one for run in _matching(client, query) if (one := _with_report(client, run))]

@@ -204,14 +204,10 @@ class MlflowTracker:
         self, name: str, tags: Mapping[str, object], at: int | None = None, *, reopen: bool = True
     ) -> "MlflowTracker":
         key, tags = child_key(self.key, name), {**tags, PARENT_TAG: self.run_id}
-        run = _find_run(self._client, key, self._experiment_id)
-        if run and reopen:
-            return _reopened(self._client, run, tags)
-        tracker = MlflowTracker(self._client, run) if run else None
-        tracker = tracker or _created(self._client, self._experiment_id, key, name, tags, at)
-        if run:
-            tracker.tags(tags)
-        elif not reopen:
+        if run := _find_run(self._client, key, self._experiment_id):
+            return _opened(self._client, run, tags, reopen=reopen)
+        tracker = _created(self._client, self._experiment_id, key, name, tags, at)
+        if not reopen:
             tracker.finish("FINISHED", at)
         return tracker
 
@@ -240,9 +236,8 @@ class Store:
     def open(self, key: str, tags: Mapping[str, object], at: int) -> MlflowTracker:
         """The root run of that key, made if it is not there."""
         client = self._client()
-        if run := _find_run(client, key):
-            return _reopened(client, run, tags)
-        return self._root(client, key, tags, at)
+        run = _find_run(client, key)
+        return _opened(client, run, tags, reopen=True) if run else self._root(client, key, tags, at)
 
     def find(self, key: str, at: int) -> MlflowTracker:
         """The run of that key, after its own opening was sent, perhaps to another store than this one."""
@@ -366,8 +361,9 @@ def _created(
     return MlflowTracker(client, client.create_run(experiment_id, at, own | words, name))
 
 
-def _reopened(client: "MlflowClient", run: "Run", tags: Mapping[str, object]) -> MlflowTracker:
-    client.update_run(run.info.run_id, "RUNNING")
+def _opened(client: "MlflowClient", run: "Run", tags: Mapping[str, object], *, reopen: bool) -> MlflowTracker:
+    if reopen:
+        client.update_run(run.info.run_id, "RUNNING")
     tracker = MlflowTracker(client, run)
     tracker.tags(tags)
     return tracker

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from pipelines.stores import artifact_folder, quiet_environment, redact, sqlite_file
+from pipelines.stores import artifact_folder, check_recorded, quiet_environment, redact, sqlite_file
 
 DEFAULT_PORT = 5000
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -33,8 +33,7 @@ def ui(uri: str, host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> None:
     """Serve a store's pages until Ctrl-C; where the store is a server already, say where."""
     if urlsplit(uri).scheme in ("http", "https"):
         return click.echo(f"MLflow is served at {redact(uri)}")
-    if (file := sqlite_file(uri)) and not file.exists():
-        raise ValueError(f"nothing is recorded in {file} yet: start with `hdistill run RECIPE`")
+    check_recorded(uri)
     _check_port(host, port)
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in _ENDING_SIGNALS}
     try:

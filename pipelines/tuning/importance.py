@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.tuning.samplers import distribution, words
 from pipelines.tuning.trial import Trial
-from pipelines.tuning.work import METRICS, Work
+from pipelines.tuning.work import Work
 
 _LEAST_TRIALS = 8
 """Below so many, a forest says more about chance than about parameters."""
@@ -17,7 +17,7 @@ def study_of(work: Work, trials: Sequence[Trial]) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="minimize" if METRICS[work.metric] == "min" else "maximize")
+    study = optuna.create_study(direction="minimize" if work.mode == "min" else "maximize")
     distributions = {name: distribution(one) for name, one in work.space.parameters.items()}
     for trial in trials:
         if trial.state == "done" and set(trial.values) == set(distributions):

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from hd_core.metrics.estimate import LEVEL
-from pipelines.tuning.trial import Trial
+from pipelines.tuning.trial import Kind, Trial
+from pipelines.tuning.work import Mode, rank
 
 HAND_SET = "hand-set"
 """The recipe as it is."""
@@ -33,13 +35,12 @@ def candidates(trials: Sequence[Trial], baselines: Sequence[Trial]) -> list[Cand
     return named + [Candidate(name=f"{trial.kind} {trial.key}", trial=trial) for trial in drawn]
 
 
-def finalists(found: Sequence[Candidate], mode: str, count: int) -> list[Candidate]:
+def finalists(found: Sequence[Candidate], mode: Mode, count: int) -> list[Candidate]:
     """All baselines, the best of the search, and the best draw by chance alone."""
-    sign = 1 if mode == "min" else -1
 
     def best(kind: str, most: int) -> list[Candidate]:
         scored = [one for one in found if one.trial.kind == kind and one.trial.score is not None]
-        return sorted(scored, key=lambda one: sign * (one.trial.score or 0.0))[:most]
+        return sorted(scored, key=lambda one: rank(one.trial.score, mode))[:most]
 
     drawn = [
         Candidate(name=f"{one.trial.kind}, {_ordinal(place)}", trial=one.trial)
@@ -89,8 +90,13 @@ class Finalist:
     """A candidate at fresh seeds, on held-out images."""
 
     name: str
-    kind: str
-    changes: Mapping[str, object]
+    kind: Kind
+    """Who asked first for its trial."""
+    trial: str
+    """That trial's key."""
+    at_search: float | None
+    """The score by which it got here."""
+    changes: dict[str, Any]
     fids: Mapping[int, float]
     """FID by seed."""
     nfe: int
@@ -100,24 +106,25 @@ class Finalist:
     """FID minus that of the recipe as it is, seed by seed; None for that itself, and where it has none."""
 
 
-def judged(finals: Mapping[str, Sequence[Trial]], kinds: Mapping[str, str]) -> list[Finalist]:
-    """The finalists, the best first; those that failed are left out."""
-    fids = {
-        name: {trial.seed: float(trial.row["fid"]) for trial in trials if trial.row} for name, trials in finals.items()
-    }
+def judged(finals: Sequence[tuple[Candidate, Sequence[Trial]]]) -> list[Finalist]:
+    """The finalists with their trials at fresh seeds, the best first; those of which all failed are left out."""
+    known = [(one, {trial.seed: trial.row for trial in trials if trial.row}) for one, trials in finals]
+    fids = {one.name: {seed: float(row["fid"]) for seed, row in rows.items()} for one, rows in known if rows}
     own = next((found for name, found in fids.items() if HAND_SET in name.split(" = ")), {})
     found = [
         Finalist(
-            name=name,
-            kind=kinds[name],
-            changes=trials[0].changes,
-            fids=fids[name],
-            nfe=next(int(trial.row["nfe"]) for trial in trials if trial.row),
-            score=Interval.of(list(fids[name].values())),
-            against=_against(fids[name], own),
+            name=one.name,
+            kind=one.trial.kind,
+            trial=one.trial.key,
+            at_search=one.trial.score,
+            changes=one.trial.changes,
+            fids=fids[one.name],
+            nfe=int(next(iter(rows.values()))["nfe"]),
+            score=Interval.of(list(fids[one.name].values())),
+            against=_against(fids[one.name], own),
         )
-        for name, trials in finals.items()
-        if fids[name]
+        for one, rows in known
+        if rows
     ]
     return sorted(found, key=lambda one: one.score.mean)
 

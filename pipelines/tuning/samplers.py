@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.tuning.config import SCORE, Sampler, SearchConfig
 from pipelines.tuning.trial import Trial
-from pipelines.tuning.work import METRICS, Work
+from pipelines.tuning.work import Work
 from tune_spaces.space import Distribution, Integer, Uniform
 
 
@@ -20,7 +20,7 @@ def make_searcher(work: Work, config: SearchConfig, unfinished: Sequence[Trial],
     searcher = OptunaSearch(
         {name: distribution(one) for name, one in parameters.items()},
         metric=SCORE,
-        mode=METRICS[work.metric],
+        mode=work.mode,
         sampler=_sampler(config.sampler, config.seed + len(ended)),  # else it would repeat its first draws
         points_to_evaluate=[words(work, trial.values) for trial in unfinished] or None,
     )
@@ -69,8 +69,4 @@ def _value(one: Distribution, word: Any) -> Any:
 
 def words(work: Work, values: Mapping[str, Any]) -> dict[str, Any]:
     """A draw as Optuna has it."""
-    numeric = (Uniform, Integer)
-    return {
-        name: values[name] if isinstance(one, numeric) else _word(values[name])
-        for name, one in work.space.parameters.items()
-    }
+    return {name: _word(values[name]) for name in work.space.parameters}

@@ -5,14 +5,14 @@ from typing import Any
 
 from pipelines.tuning.config import SCORE, STEP, SearchConfig
 from pipelines.tuning.trial import Trial
-from pipelines.tuning.work import METRICS, Work
+from pipelines.tuning.work import Work
 
 
 def make_scheduler(work: Work, config: SearchConfig, ended: Sequence[Trial]) -> Any:
     """A scheduler of Ray Tune's that has heard of every trial that has ended."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-    known: dict[str, Any] = {"time_attr": STEP, "metric": SCORE, "mode": METRICS[work.metric]}
+    known: dict[str, Any] = {"time_attr": STEP, "metric": SCORE, "mode": work.mode}
     if config.scheduler == "asha":
         scheduler = ASHAScheduler(**known, max_t=work.num_steps + 1, grace_period=work.every, reduction_factor=2)
     elif config.scheduler == "median":

@@ -24,6 +24,11 @@ from pipelines.tuning.work import Work
 
 RAY_FOLDER = "ray-"
 """How the folder of Ray's own record begins."""
+_RAY_SETTINGS = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 _DEATHS = 3
 """Deaths of a trial's process that are survived."""
 
@@ -44,8 +49,7 @@ class Rooms:
         Raises:
             ValueError: there is no room for one trial, or not for as many as are asked for.
         """
-        os.environ.update({"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"})
-        os.environ.update({"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"})
+        os.environ.update(_RAY_SETTINGS)
         train = work.recipe.train
         self.nested = train.num_workers != 0
         workers = train.least_workers

@@ -1,15 +1,15 @@
 """Finds the space of a sweep: one that ships with the package, or a YAML file of one's own."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import Recipe, override, read_yaml
+from pipelines.recipe import Recipe, nearest, override, read_yaml
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Distribution, Integer, Space, Uniform
 
-_KEYS = ("low", "high", "log", "whole", "values")
+_KEYS = ("stage", "parameters")
+_PARAMETER_KEYS = ("low", "high", "log", "whole", "values")
 
 
 def find_space(name_or_path: str, recipe: Recipe, stage: str) -> Space:
@@ -30,11 +30,9 @@ def find_space(name_or_path: str, recipe: Recipe, stage: str) -> Space:
     elif name_or_path in SPACES:
         space = SPACES[name_or_path](recipe.to_dict(), stage)
     else:
-        near = difflib.get_close_matches(name_or_path, list(SPACES), 1, 0.5)
-        guess = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"unknown space {name_or_path!r}{guess}. Known: {', '.join(SPACES)}; a space of your own is named by its"
-            " path, ending in .yaml"
+            f"unknown space {name_or_path!r}{nearest(name_or_path, SPACES)}. Known: {', '.join(SPACES)}; a space of"
+            " your own is named by its path, ending in .yaml"
         )
     _check(space, recipe, name_or_path)
     return space
@@ -51,9 +49,8 @@ def _check(space: Space, recipe: Recipe, source: str) -> None:
 
 
 def _of_file(path: Path, recipe: Recipe, asked: str) -> Space:
-    values = read_yaml(path, "space file")
-    unknown = set(values) - {"stage", "parameters"}
-    if unknown or not isinstance(values.get("parameters"), Mapping) or not values["parameters"]:
+    values = read_yaml(path, "space file", _KEYS)
+    if set(values) - set(_KEYS) or not isinstance(values.get("parameters"), Mapping) or not values["parameters"]:
         raise ValueError(f"space file {path} holds stage and parameters, and nothing else; given {', '.join(values)}")
     parameters: Mapping[str, Any] = values["parameters"]
     stage = asked or str(values.get("stage") or "") or list(recipe.stages)[-1]
@@ -67,7 +64,7 @@ def _of_file(path: Path, recipe: Recipe, asked: str) -> Space:
 
 
 def _distribution(path: Path, key: str, given: Any) -> Distribution:
-    known = isinstance(given, Mapping) and set(given) <= set(_KEYS)
+    known = isinstance(given, Mapping) and set(given) <= set(_PARAMETER_KEYS)
     try:
         if known and set(given) == {"values"}:
             return Choice(values=list(given["values"]))

@@ -10,7 +10,6 @@ In its directory::
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from pipelines.artifacts import RunDir, ensure_same, read_json, write_json, writ
 from pipelines.locks import held
 from pipelines.progress import bar
 from pipelines.recipe import determining, override, to_yaml
+from pipelines.recording import recorded, tracker_of
 from pipelines.report import Row
-from pipelines.run import Run, default_store, ending
+from pipelines.run import Run
 from pipelines.storage import remove_tree
 from pipelines.tracked import summary_of
-from pipelines.tracking import NoopTracker, Tracker, open_tracker
+from pipelines.tracking import NoopTracker, Tracker
 from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.results import Candidate, candidates, finalists
 from pipelines.tuning.search import RAY_FOLDER, Rooms, perform_all, search
@@ -33,7 +33,7 @@ from pipelines.tuning.sweep_page import render_sweep
 from pipelines.tuning.sweep_report import SweepReport, costs_of
 from pipelines.tuning.times import Times
 from pipelines.tuning.trial import Trial, prepare, stored_trials
-from pipelines.tuning.work import METRICS, Work
+from pipelines.tuning.work import Work, rank
 
 _ROWS = 128
 """Stored trajectories from which programmed schedules are found."""
@@ -78,14 +78,9 @@ class Sweep:
             self._claim()
             for left in self.folder.glob(f"{RAY_FOLDER}*"):  # by a session that was killed
                 remove_tree(left)
-            self._open_tracker()
-            try:
-                report = self._all()
-                self.tracker.finish("FINISHED")
-            except BaseException as error:
-                self.tracker.finish(ending(error))
-                raise
-        return report
+            self.tracker = self._tracker()
+            with recorded(self.tracker):
+                return self._all()
 
     def _all(self) -> SweepReport:
         self._times = Times(self.folder)
@@ -124,21 +119,12 @@ class Sweep:
             ensure_same(f"the sweep in {self.folder}", made_with, wanted)
         write_json(path, wanted)
 
-    def _open_tracker(self) -> None:
-        path, recipe = self.folder / "run.json", self.work.recipe
-        state = read_json(path) or {}
-        tags = {"recipe": recipe.name, "space": self.name, "kind": "sweep", "fingerprint": recipe.fingerprint}
-        self.tracker = open_tracker(
-            recipe.track,
-            recipe_name=recipe.name,
-            run_name=self.folder.name,
-            run_dir=self.folder,
-            default_store=default_store(RunDir(self.folder)),
-            resume_run_id=state.get("run_id"),
-            tags={**tags, "hdistill": version("hdistill")},
-        )
-        self.tracker.params({"space": self.name, "metric": self.work.metric, "search": asdict(self.config.search)})
-        write_json(path, {**state, "run_id": self.tracker.run_id})
+    def _tracker(self) -> Tracker:
+        recipe = self.work.recipe
+        tags = {"recipe": recipe.name, "space": self.name, "kind": "sweep"}
+        tracker = tracker_of(recipe, RunDir(self.folder), tags)
+        tracker.params({"space": self.name, "metric": self.work.metric, "search": asdict(self.config.search)})
+        return tracker
 
     # What is made once
 
@@ -198,22 +184,19 @@ class Sweep:
     def _searched(self) -> list[Trial]:
         return [one for one in stored_trials(self.folder) if one.kind == "search" and one.state != "running"]
 
-    def _finals(self, baselines: Sequence[Trial]) -> dict[str, list[Trial]]:
-        """The best and the baselines, each at fresh seeds; by the name of its candidate."""
-        chosen = finalists(
-            candidates(stored_trials(self.folder), baselines),
-            METRICS[self.work.metric],
-            self.config.num_finalists,
-        )
+    def _finals(self, baselines: Sequence[Trial]) -> list[tuple[Candidate, list[Trial]]]:
+        """The best and the baselines, each at fresh seeds."""
+        found = candidates(stored_trials(self.folder), baselines)
+        chosen = finalists(found, self.work.mode, self.config.num_finalists)
         if not chosen:
             raise ValueError(self._why_nothing())
         seeds = [self.work.recipe.seed + 1 + number for number in range(self.config.num_seeds)]
         for seed in seeds:
             self._prepare(seed, final=True)
-        asked = {one.name: [self._final(one, seed) for seed in seeds] for one in chosen}
-        self._perform("finalists", [trial for trials in asked.values() for trial in trials])
+        asked = [(one, [self._final(one, seed) for seed in seeds]) for one in chosen]
+        self._perform("finalists", [trial for _, trials in asked for trial in trials])
         there = {trial.key: trial for trial in stored_trials(self.folder)}
-        return {name: [there[trial.key] for trial in trials] for name, trials in asked.items()}
+        return [(one, [there[trial.key] for trial in trials]) for one, trials in asked]
 
     def _final(self, one: Candidate, seed: int) -> Trial:
         return self._trial("final", one.name, one.trial.values, seed)
@@ -225,7 +208,8 @@ class Sweep:
     # Who watches
 
     def _watcher(self, title: str, total: int, show: Any, ended: int = 0) -> Any:
-        count, better = ended, min if METRICS[self.work.metric] == "min" else max
+        count = ended
+        scores = [one.score for one in stored_trials(self.folder) if one.kind != "final" and one.score is not None]
 
         def done(trial: Trial) -> None:
             nonlocal count
@@ -235,9 +219,11 @@ class Sweep:
             if trial.state == "running":
                 self._deaths.append(f"trial {trial.key}: {trial.mistake}")
             self._log(trial)
-            scores = [one.score for one in stored_trials(self.folder) if one.score is not None and one.kind != "final"]
-            best = f"   best {better(scores):.4g}" if scores and title != "finalists" else ""
-            self.say(f"  {title} {count}/{total}  {trial.key}  {_outcome(trial)}{best}")
+            if trial.score is not None:
+                scores.append(trial.score)
+            best = min(scores, key=lambda score: rank(score, self.work.mode), default=None)
+            told = "" if best is None or trial.kind == "final" else f"   best {best:.4g}"
+            self.say(f"  {title} {count}/{total}  {trial.key}  {_outcome(trial)}{told}")
 
         return done
 

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from pipelines.artifacts import read_json
 from pipelines.tuning.importance import importances
-from pipelines.tuning.results import HAND_SET, Finalist, Interval, candidates, judged
+from pipelines.tuning.results import HAND_SET, Candidate, Finalist, Interval, candidates, judged
 from pipelines.tuning.trial import Trial
-from pipelines.tuning.work import METRICS, Work
+from pipelines.tuning.work import Mode, Work, rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +56,21 @@ class SweepReport:
         name: str,
         stored: Sequence[Trial],
         baselines: Sequence[Trial],
-        finals: Mapping[str, Sequence[Trial]],
+        finals: Sequence[tuple[Candidate, Sequence[Trial]]],
         costs: Mapping[str, float],
     ) -> "SweepReport":
         """Put together what the trials say."""
-        found = candidates(stored, baselines)
-        kinds = {title: _kind(title) for title in finals}
-        judges = judged(finals, kinds)
-        sign = 1 if METRICS[work.metric] == "min" else -1
+        finalists = judged(finals)
         drawn = [trial for trial in stored if trial.kind != "final"]
         return cls(
             space=name,
             stage=work.space.stage,
             recipe=work.recipe.name,
             metric=work.metric,
-            trials=sorted(drawn, key=lambda one: (one.score is None, sign * (one.score or 0.0))),
-            finalists=judges,
+            trials=sorted(drawn, key=lambda one: rank(one.score, work.mode)),
+            finalists=finalists,
             importances=importances(work, drawn),
-            winner=_winner(judges, {one.trial.key: one.trial for one in found}, sign),
+            winner=_winner(finalists, candidates(stored, baselines), work.mode),
             costs=dict(costs),
         )
 
@@ -102,6 +99,15 @@ class SweepReport:
         ]
         return "".join(f"# {line}\n" for line in lines) + "\n"
 
+    def summary(self) -> str:
+        """How much was tried, and what that took."""
+        costs = self.costs
+        return (
+            f"{len(self.trials)} trials by {self.metric}, {costs['work']:,.0f} s of work in {costs['wall']:,.0f} s at"
+            f" {costs['slots']:.0f} side by side (ideal {costs['ideal']:,.0f}); what they share took"
+            f" {costs['shared']:,.0f} s and saved {costs['saved']:,.0f}."
+        )
+
     def verdict(self) -> list[str]:
         """What the sweep found, in sentences."""
         winner = self.winner
@@ -122,25 +128,15 @@ class SweepReport:
         return [*told, f"{gain}: {sure}."]
 
 
-def _kind(title: str) -> str:
-    return next((kind for kind in ("search", "random") if title.startswith(f"{kind}, ")), "baseline")
-
-
-def _winner(finals: Sequence[Finalist], trials: Mapping[str, Trial], sign: int) -> Winner:
-    if not finals:
-        best = min((one for one in trials.values() if one.score is not None), key=lambda one: sign * (one.score or 0))
-        name = best.name or best.kind
-        return Winner(name=name, changes=best.changes, fid=None, against=None, score=best.score, trial=best.key)
-    first = finals[0]
-    trial = next(one for one in trials.values() if one.changes == first.changes)
-    return Winner(
-        name=first.name,
-        changes=dict(first.changes),
-        fid=first.score,
-        against=first.against,
-        score=trial.score,
-        trial=trial.key,
-    )
+def _winner(finals: Sequence[Finalist], found: Sequence[Candidate], mode: Mode) -> Winner:
+    """The first of the finalists; where there are none, the best of what was trained to its end."""
+    if finals:
+        first = finals[0]
+        known = {"name": first.name, "trial": first.trial, "changes": first.changes, "score": first.at_search}
+        return Winner(**known, fid=first.score, against=first.against)
+    best = min(found, key=lambda one: rank(one.trial.score, mode))
+    known = {"name": best.name, "trial": best.trial.key, "changes": best.trial.changes, "score": best.trial.score}
+    return Winner(**known, fid=None, against=None)
 
 
 def costs_of(times: Mapping[str, float], trials: Sequence[Trial], folder: Path, slots: int) -> dict[str, float]:
@@ -168,13 +164,7 @@ def print_sweep(report: SweepReport, console: Console, folder: Path, most: int =
         console.print(_finalists_table(report))
     for line in report.verdict():
         console.print(line, highlight=False)
-    costs = report.costs
-    console.print(
-        f"{len(report.trials)} trials, {costs['work']:,.0f} s of work in {costs['wall']:,.0f} s at {costs['slots']:.0f}"
-        f" side by side (ideal {costs['ideal']:,.0f}); what they share took {costs['shared']:,.0f} s and saved"
-        f" {costs['saved']:,.0f}",
-        highlight=False,
-    )
+    console.print(report.summary(), highlight=False)
     console.print(f"recipe of the best: {folder / 'winner.yaml'}\npage: {folder / 'sweep.html'}", highlight=False)
 
 

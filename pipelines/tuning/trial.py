@@ -67,11 +67,16 @@ class Trial:
         return self.points[-1][1] if self.points and self.state != "failed" else None
 
 
+def trial_folder(sweep: Path, trial: Trial) -> Path:
+    """Where a trial is trained."""
+    return sweep / "trials" / trial.key
+
+
 class TrialFile:
     """A trial on disk."""
 
     def __init__(self, sweep: Path, trial: Trial) -> None:
-        self.folder = sweep / "trials" / trial.key
+        self.folder = trial_folder(sweep, trial)
         self.trial = stored(self.folder) or trial
 
     def write(self, **changes: Any) -> Trial:
@@ -107,7 +112,7 @@ def perform(work: Work, trial: Trial, report: Report) -> Trial:
     Raises:
         OSError: the disk fails. A trial's own mistakes, a ValueError or a divergence, are kept in it and not raised.
     """
-    folder = RunDir.create(TrialFile(work.sweep, trial).folder).path
+    folder = RunDir.create(trial_folder(work.sweep, trial)).path
     with awaited(folder, lambda _text: None, _LOCK_SECONDS):
         attempt = _Attempt(work, TrialFile(work.sweep, trial), report)
         if attempt.file.trial.state == "running":
@@ -148,7 +153,7 @@ class _Attempt:
         run.partial(lambda job: job.train(work.space.stage))
         self._note_all(run.points())
         if trial.kind == "final":
-            return asdict(run.partial(lambda _job: run.measure(work.space.stage)))
+            return asdict(run.partial(lambda _job: run.measure()))
         if not self.file.trial.points:
             raise ValueError(
                 f"{work.metric} was never reported by stage {work.space.stage}: there is nothing to search by"
@@ -183,7 +188,7 @@ class TrialRun(Run):
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, note: Callable[[list[list[float]]], None], metric: str) -> None:
         super().__init__(recipe, run_dir, Console(quiet=True))
-        (self._stage,) = list(recipe.stages)[-1:]
+        self._stage = list(recipe.stages)[-1]
         self._note, self._metric = note, metric
 
     def points(self) -> list[list[float]]:
@@ -205,9 +210,9 @@ class TrialRun(Run):
 
         yield look
 
-    def measure(self, stage: str) -> Row:
+    def measure(self) -> Row:
         """The stage's student on held-out images."""
-        evaluator, student = self.evaluator(), self.student(stage)
+        evaluator, student = self.evaluator(), self.student(self._stage)
         return evaluator.finished(student) or evaluator.measure([student])[0]
 
 

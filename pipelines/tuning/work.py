@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.artifacts import fingerprint
 from pipelines.recipe import Recipe, determining, from_dict, override
 from tune_spaces.space import Space
 
-METRICS = {"probe/fid": "min", "probe/diversity": "max"}
+Mode = Literal["min", "max"]
+METRICS: dict[str, Mode] = {"probe/fid": "min", "probe/diversity": "max"}
 """What trials may be scored by, and which way is better. A training loss is none of them: as soon as schedule or
 weights change it measures something else."""
 
@@ -45,9 +46,14 @@ class Work:
         return self.recipe.stages[self.space.stage].num_steps
 
     @property
+    def mode(self) -> Mode:
+        """Whether the lowest or the highest score is the best."""
+        return METRICS[self.metric]
+
+    @property
     def worst(self) -> float:
         """The score of a trial that has none."""
-        return float("inf") if METRICS[self.metric] == "min" else float("-inf")
+        return float("inf") if self.mode == "min" else float("-inf")
 
     @property
     def every(self) -> int:
@@ -83,3 +89,10 @@ class Work:
         kinds = {"probes": recipe.stages[self.space.stage].probe.every > 0}  # a final trial reads no images
         made_of = {key: values[key] for key in ("seed", "teacher", "data", "precompute", "train", "evaluate")}
         return self.sweep / "shared" / fingerprint({**made_of, "stages": before, **kinds})[:12]
+
+
+def rank(score: float | None, mode: Mode) -> float:
+    """What to sort by to have the best score first, and no score last."""
+    if score is None:
+        return float("inf")
+    return score if mode == "min" else -score

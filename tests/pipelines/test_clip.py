@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,9 +158,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
     return opened
 
 
-def evaluator_of(job: Run, folder: Path, **changes: object) -> Evaluator:
+def evaluator_of(job: Run, folder: Path, **changes: Any) -> Evaluator:
     made = job.evaluator()
-    made.folder, made.config = folder, replace(made.config, **changes)  # type: ignore[arg-type]
+    made.folder, made.config = folder, replace(made.config, **changes)
     return made
 
 

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,10 @@ def job(finished: Finished) -> Run:
     return open_run(finished.recipe, finished.run_dir)
 
 
-def evaluator_of(job: Run, folder: Path, **changes: object) -> Evaluator:
+def evaluator_of(job: Run, folder: Path, **changes: Any) -> Evaluator:
     made = job.evaluator()
     made.folder = folder
-    made.config = replace(made.config, **changes)  # type: ignore[arg-type]
+    made.config = replace(made.config, **changes)
     return made
 
 
@@ -395,4 +396,4 @@ def test_all_that_makes_a_generator_is_among_its_inputs(job: Run):
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        EvaluateConfig(**changes)  # type: ignore[arg-type]
+        EvaluateConfig(**changes)

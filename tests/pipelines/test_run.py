@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from hd_core import step
+from pipelines import recording
 from pipelines import run as running
 from pipelines import trainer as training
 from pipelines.artifacts import RunDir
@@ -19,8 +20,9 @@ from pipelines.cast import build
 from pipelines.curve import Curve
 from pipelines.evaluate import Evaluator
 from pipelines.process import process_started
+from pipelines.recording import default_store
 from pipelines.report import read_report
-from pipelines.run import check_recipe, default_store
+from pipelines.run import check_recipe
 from pipelines.shards import ShardSet
 from pipelines.tracking import NoopTracker
 from tests.pipelines.conftest import Finished
@@ -357,7 +359,7 @@ def test_the_tracker_is_told_how_it_ended(
     told: list[str] = []
     tracker = NoopTracker()
     monkeypatch.setattr(tracker, "finish", told.append)
-    monkeypatch.setattr(running, "open_tracker", lambda *_, **__: tracker)
+    monkeypatch.setattr(recording, "open_tracker", lambda *_, **__: tracker)
 
     def work(_: running.Run) -> None:
         if error:

@@ -13,7 +13,7 @@ from pipelines import curve as curves
 from pipelines import storage
 from pipelines.artifacts import RunDir, atomic_path, file_hash, read_json, write_arrays, write_json
 from pipelines.curve import Curve
-from pipelines.run import default_store
+from pipelines.recording import default_store
 from pipelines.shards import ShardSet, ShardSetSpec, read_shard, write_shard
 from pipelines.storage import failure, is_remote, local_copy, local_stand_in, located, remove_tree
 from tests.pipelines import tiny

@@ -329,20 +329,26 @@ def test_an_interval_over_seeds_is_students():
 def test_finalists_are_compared_with_the_recipe_seed_by_seed(tmp_path: Path):
     work = work_of(tmp_path)
 
-    def at(fids: dict[int, float], **changes: Any) -> list[Trial]:
-        return [
-            trial_of(work, kind="final", seed=seed, changes=changes, state="done", row={"fid": fid, "nfe": 2})
-            for seed, fid in fids.items()
+    def at(name: str, kind: str, fids: dict[int, float], **changes: Any) -> tuple[Candidate, list[Trial]]:
+        known = {"changes": changes, "state": "done"}
+        found = trial_of(work, kind=kind, points=[[4, 7.0]], **known)
+        finals = [
+            trial_of(work, kind="final", seed=seed, row={"fid": fid, "nfe": 2}, **known) for seed, fid in fids.items()
         ]
+        return Candidate(name=name, trial=found), finals
 
-    finals = {
-        "hand-set = equal": at({1: 4.0, 2: 5.0, 3: 6.0}),
-        "search, best": at({1: 3.8, 2: 4.7, 3: 5.8}, a=1),
-        "other": at({1: 9.0, 2: 9.0}, a=2),
-    }
-    found = judged(finals, {"hand-set = equal": "baseline", "search, best": "search", "other": "baseline"})
+    found = judged(
+        [
+            at("hand-set = equal", "baseline", {1: 4.0, 2: 5.0, 3: 6.0}),
+            at("search, best", "search", {1: 3.8, 2: 4.7, 3: 5.8}, a=1),
+            at("other", "baseline", {1: 9.0, 2: 9.0}, a=2),
+            at("failed", "search", {}, a=3),
+        ]
+    )
     assert [one.name for one in found] == ["search, best", "hand-set = equal", "other"]
+    assert [one.kind for one in found] == ["search", "baseline", "baseline"]
     best, own, _ = found
+    assert best.changes == {"a": 1} and best.at_search == 7.0
     assert own.against is None and best.against and best.against.mean == pytest.approx(-0.7 / 3)
     differences = [-0.2, -0.3, -0.2]
     assert (
@@ -370,7 +376,10 @@ def test_a_sweep_says_what_it_may(tmp_path: Path, first: dict[int, float], own: 
         final = dataclasses.replace(trial, kind="final", points=[])
         return [dataclasses.replace(final, seed=seed, row={"fid": fid, "nfe": 2}) for seed, fid in fids.items()]
 
-    finals = {"hand-set": at(base, own), "search, best": at(searched, first)}
+    finals = [
+        (Candidate(name="hand-set", trial=base), at(base, own)),
+        (Candidate(name="search, best", trial=searched), at(searched, first)),
+    ]
     costs: dict[str, float] = dict.fromkeys(("wall", "work", "slots", "ideal", "shared", "saved"), 1.0)
     report = SweepReport.of(work, "own", [base, searched], [base], finals, costs)
     assert sentence in " ".join(report.verdict()) and sentence in report.lineage(tmp_path).replace("\n# ", " ")
