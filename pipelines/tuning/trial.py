@@ -5,6 +5,7 @@ real images) lies beside them and is made once. A trial that was killed goes on 
 finished is only read.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ def perform(work: Work, trial: Trial, report: Report) -> Trial:
         attempt = _Attempt(work, TrialFile(work.sweep, trial), report)
         if attempt.file.trial.state == "running":
             attempt.make()
+            gc.collect()  # a run is in cycles and holds whole data sets; the process goes on to the next trial
         return attempt.tell_the_end()
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pipelines.tuning.search import Stopped
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import SweepConfig
 from pipelines.tuning.sweep_report import SweepReport
-from pipelines.tuning.trial import Trial, TrialFile, perform, prepare, stored, stored_trials
+from pipelines.tuning.trial import Trial, TrialFile, TrialRun, perform, prepare, stored, stored_trials
 from pipelines.tuning.work import METRICS, Work
 from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
 from tune_spaces.space import Choice, Integer, Space, Uniform
@@ -77,6 +78,13 @@ def test_a_trial_is_trained_scored_and_told_in_order(tmp_path: Path):
     assert [step for step, _ in ears.points] == [1, 2, 3, 4] == [int(step) for step, _ in trial.points]
     assert trial.score == ears.points[-1][1] == pytest.approx(trial.points[-1][1])
     assert all(0 < score < 1000 for _, score in ears.points)
+
+
+def test_a_trial_leaves_nothing_of_its_data_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[weakref.ref[TrialRun]] = []
+    monkeypatch.setattr(TrialRun, "points", lambda run: made.append(weakref.ref(run)) or [[1, 2.0]])
+    perform(work_of(tmp_path), trial_of(work_of(tmp_path)), Ears())
+    assert made and not any(run() for run in made)
 
 
 def test_a_finished_trial_is_only_read(tmp_path: Path):
