@@ -4,14 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 from pipelines.artifacts import RunDir, read_json, write_json
 from pipelines.recipe import Recipe
 from pipelines.storage import local_stand_in
 from pipelines.tracking import Tracker, open_tracker
-
-AnyTracker = TypeVar("AnyTracker", bound=Tracker)
 
 
 def tracker_of(recipe: Recipe, run_dir: RunDir, tags: Mapping[str, object]) -> Tracker:
@@ -31,7 +28,7 @@ def tracker_of(recipe: Recipe, run_dir: RunDir, tags: Mapping[str, object]) -> T
 
 
 @contextmanager
-def recorded(tracker: AnyTracker) -> Iterator[AnyTracker]:
+def recorded(tracker: Tracker) -> Iterator[Tracker]:
     """Close a run with how its work ended."""
     try:
         yield tracker

@@ -88,7 +88,7 @@ def score(asked: Asked, console: Console) -> dict[str, Any]:
     captions = _captions(asked, pictures, reference) if clip else []
     extractor = load_extractor(asked.features, default_device())
     ours = _side(pictures, asked, extractor, console)
-    if reference:
+    if reference is not None:
         theirs = _side(reference, asked, extractor, console)
     else:
         theirs = _Side(moments=load_statistics(asked.reference, extractor.name))
@@ -132,7 +132,7 @@ def _captions(asked: Asked, pictures: PictureFiles, reference: PictureFiles | No
         return assigned(names, load_captions(asked.captions), str(asked.captions))
     if own := own_captions(pictures.source):
         return own
-    theirs = by_name(reference.source) if reference else {}
+    theirs = {} if reference is None else by_name(reference.source)
     if not theirs:
         raise ValueError(
             f"--clip compares pictures with their captions, and there are none beside {asked.pictures} nor in"

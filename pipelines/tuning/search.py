@@ -4,6 +4,7 @@ Ray's own record of a sweep is pickles, which nothing here reads: what a search 
 in the trials' files, from which sampler and scheduler are told anew.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -139,6 +140,7 @@ def _trainable(config: dict[str, Any], *, work: Work, trial_of: Callable[[Mappin
 
     quiet()
     prepare_process(work.cpus)
+    gc.collect()  # what a trial left that was stopped in this process: its data, in cycles
     try:
         perform(work, trial_of(config), _report)
     except Stopped:
