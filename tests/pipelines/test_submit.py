@@ -1,17 +1,19 @@
 """`hdistill submit` against a real head node with token authentication: a job to its end, and everybody's mistakes."""
 
 import http.server
+import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +23,13 @@ from pipelines.artifacts import file_hash
 from pipelines.submit import PACKAGES, _warnings, cluster_url, shared_path, stage
 from tests.pipelines import tiny
 from tests.pipelines.conftest import Finished
+from tests.pipelines.ports import free_ports
 from tests.pipelines.test_faults import figures
 
 TOKEN = "0123456789abcdef" * 4
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 ONE_ACTOR = (*tiny.UNTRACKED, "--set", "precompute.num_actors=1")
-
-
-def free_port() -> int:
-    """A port that nobody holds now, above those of Ray's workers (10002 to 19999)."""
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        return any_port.getsockname()[1]
 
 
 def environment(home: Path, **own: str) -> dict[str, str]:
@@ -69,10 +65,11 @@ class Head:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("home")
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # its sockets' paths must be short
-    dashboard = free_port()
-    ports = {"port": free_port(), "dashboard-port": dashboard, "ray-client-server-port": free_port()}
-    ports |= {"dashboard-agent-listen-port": free_port(), "num-cpus": 3, "object-store-memory": 200 * 2**20}
-    options = [f"--{name}={value}" for name, value in ports.items()]
+    names = ("dashboard-port", "port", "ray-client-server-port", "dashboard-agent-listen-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    given = {**ports, "num-cpus": 3, "object-store-memory": 200 * 2**20}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    url = f"http://127.0.0.1:{ports['dashboard-port']}"
     with (home / "head.log").open("w") as log:
         process = subprocess.Popen(
             [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={folder}", *options],
@@ -83,8 +80,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             preexec_fn=_on_one_processor,
         )
     try:
-        wait_for(dashboard, process)
-        yield Head(url=f"http://127.0.0.1:{dashboard}", home=home)
+        wait_for(url, process)
+        yield Head(url=url, home=home)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -96,11 +93,13 @@ def _on_one_processor() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Return when the dashboard answers; a connection alone may be somebody else's."""
+    asked = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
     for _ in range(600):
         assert process.poll() is None, "the head node ended"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+        with suppress(OSError), urllib.request.urlopen(asked) as answer:
+            if json.load(answer)["ray_version"]:
                 return
         time.sleep(0.1)
     raise AssertionError("the head node's dashboard did not come up in a minute")

@@ -22,6 +22,7 @@ from pipelines.journal import BufferedTracker, Journal, texts
 from pipelines.stores import TrackConfig, quiet_environment, redact, tracking_uri
 from pipelines.tracking import CHANGED_TAG, MlflowTracker, NoopTracker, Tracker, attach, open_tracker
 from pipelines.ui import server_command, ui
+from tests.pipelines.ports import free_ports
 
 EXPERIMENT = "digits"
 
@@ -60,13 +61,8 @@ def _open(
     return tracker
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def _dead_uri() -> str:
-    return f"http://127.0.0.1:{_free_port()}"
+    return f"http://127.0.0.1:{free_ports(1)[0]}"
 
 
 def _steps(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -488,7 +484,7 @@ def test_the_page_is_served_and_ends_with_control_c(store: Path, tmp_path: Path,
     tracker = _open(store, tmp_path, name="seen")
     tracker.figure("grid", tmp_path / "grid.png")
     tracker.finish()
-    port = _free_port()
+    port = free_ports(1)[0]
     script = f"from pipelines.ui import ui; ui('sqlite:///{store}', port={port})"
     process = subprocess.Popen([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
     try:
