@@ -151,15 +151,16 @@ def _is_shared(folder: Path) -> bool:
 
 @contextmanager
 def _leased(folder: Path, say: Say) -> Iterator[None]:
-    lease = Lease(folder / "lock.json")
-    lease.acquire(say)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if lease.lost is None:
-            raise
-    finally:
-        lease.release()
+    with _stoppable() as stop:
+        lease = Lease(folder / "lock.json", stop=stop)
+        lease.acquire(say)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if lease.lost is None:
+                raise
+        finally:
+            lease.release()
     if lease.lost is not None:
         raise ValueError(
             f"run directory {folder} was taken over {lease.lost}, while this process did not answer for"
@@ -167,14 +168,27 @@ def _leased(folder: Path, say: Say) -> Iterator[None]:
         )
 
 
+@contextmanager
+def _stoppable() -> Iterator[signal.Signals]:
+    """The signal that stops the main thread: Ctrl-C's, or another where that is ignored, as in a script's ``&``."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield signal.SIGINT
+        return
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        yield signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 class Lease:
     """A file with the name of its holder, who renews it from a thread of its own."""
 
-    def __init__(self, path: Path, seconds: float | None = None) -> None:
+    def __init__(self, path: Path, seconds: float | None = None, stop: signal.Signals = signal.SIGINT) -> None:
         self.path, self.seconds = path, HEARTBEAT_SECONDS if seconds is None else seconds
         self.lost: str | None = None
         """By whom it was taken over, if it was."""
-        self._holder, self._ended = Holder.here(), threading.Event()
+        self._holder, self._ended, self._stop = Holder.here(), threading.Event(), stop
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self, say: Say) -> None:
@@ -242,7 +256,7 @@ class Lease:
         """Stop the main thread, in a wait, too; again and again, since one that comes as a wait begins is not heard."""
         told = False
         while not told:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, self._stop)
             told = self._ended.wait(self.seconds)
 
     def _is_ours(self, there: str | None) -> bool:

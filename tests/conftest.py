@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test asks the network
@@ -12,6 +13,9 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports hd_core: a tensor of the wrong rank, or two that disagree on a named size, fails its test.
 # hd_core.metrics is left out: its row counts differ under one letter.

@@ -41,9 +41,10 @@ BEAT = 0.4
 class Driver:
     """Another process that holds a run directory until it is told to end, stopped or killed."""
 
-    def __init__(self, where: object, *mounts: object) -> None:
+    def __init__(self, where: object, *mounts: object, hears_control_c: bool = True) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(where), str(BEAT), *map(str, mounts)]
+        command = command if hears_control_c else ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
         self.process: subprocess.Popen[str] = subprocess.Popen(command, env=environment, text=True, stdout=-1, stdin=-1)
         assert self.line() == "locked"
 
@@ -171,8 +172,11 @@ def test_a_lease_of_a_dead_driver_is_taken_over(shared: tuple[Path, tuple[object
     assert not (folder / "lock.json").exists()
 
 
-def test_a_driver_that_slept_too_long_stops_and_says_who_went_on(url: str, drivers: list[Driver]):
-    drivers.append(Driver(url))
+@pytest.mark.parametrize("hears_control_c", [True, False])
+def test_a_driver_that_slept_too_long_stops_and_says_who_went_on(
+    url: str, drivers: list[Driver], hears_control_c: bool
+):
+    drivers.append(Driver(url, hears_control_c=hears_control_c))
     drivers[0].tell(signal.SIGSTOP)
     with RunDir(located(url)).locked():
         drivers[0].tell(signal.SIGCONT)

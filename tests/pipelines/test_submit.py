@@ -137,7 +137,7 @@ class TestOnACluster:
 
     def test_ctrl_c_stops_the_watching_and_not_the_job(self, head: Head, tmp_path: Path):
         recipe, settings = tiny.write_recipe(tmp_path), (*tiny.UNTRACKED, "--set", "precompute.num_actors=0")
-        settings = (*settings, "--set", "stages.sfd_4.num_steps=300")  # it must not end before it is left
+        settings = (*settings, "--set", "stages.sketch.num_steps=1000000")  # it does not end before it is left
         watching = subprocess.Popen(
             head.command(recipe, "--run-dir", "left", *settings),
             cwd=head.home,
@@ -147,19 +147,16 @@ class TestOnACluster:
         )
         assert watching.stdout
         for line in watching.stdout:
-            if "start " in line:
+            if "precompute " in line:
                 watching.send_signal(signal.SIGINT)
                 break
         said = watching.stdout.read()
         assert watching.wait(timeout=30) == 130
         assert "goes on without you" in said and f"ray job logs --follow --address {head.url} raysubmit_" in said
-        assert "ray job stop" in said
-        report = head.home / "left" / "report.json"
-        for _ in range(1800):
-            if report.exists():
-                return
-            time.sleep(0.1)
-        raise AssertionError("the job did not go on")
+        curve = head.home / "left" / "stages" / "sketch" / "metrics.jsonl"
+        assert grows(curve), "the job did not go on"
+        (stop,) = re.findall(r"^Stop it: (.*)$", said, re.MULTILINE)
+        subprocess.run(stop, shell=True, cwd=head.home, env=head.environment(), check=True, capture_output=True)
 
     def test_without_waiting_it_says_how_to_watch(self, head: Head, tmp_path: Path):
         result = head.submit(tiny.write_recipe(tmp_path), "--run-dir", "/proc/none", "--no-wait", *ONE_ACTOR)
@@ -176,6 +173,17 @@ class TestOnACluster:
     )
     def test_who_has_not_the_token_is_told_what_to_do(self, head: Head, own: dict[str, str], message: str):
         one_line(head.submit("digits", **own), message)
+
+
+def grows(file: Path, seconds: float = 120) -> bool:
+    """Whether a file gets longer, or comes, within some seconds."""
+    latest = time.monotonic() + seconds
+    before = file.stat().st_size if file.exists() else 0
+    while time.monotonic() < latest:
+        if file.exists() and file.stat().st_size > before:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def one_line(result: subprocess.CompletedProcess[str], message: str) -> None:
