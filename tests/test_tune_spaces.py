@@ -10,6 +10,7 @@ import torch
 from hd_core.times import positions
 from hd_core.types import Condition
 from pipelines.recipe import Recipe, load, override
+from pipelines.tuning.work import chained
 from tune_spaces import SPACES, sfd_schedule
 from tune_spaces.space import Choice, Integer, Uniform
 
@@ -28,19 +29,21 @@ def test_every_draw_is_an_allowed_recipe(name: str):
     recipe, stage = CASES[name]
     space = SPACES[name](recipe.to_dict(), "")
     assert space.stage == stage
+    recipe = chained(recipe, stage)
     seen = {override(recipe, space.overrides(space.draw(str(seed)))).fingerprint for seed in range(40)}
     assert len(seen) > 30
     for values in space.baselines.values():
         override(recipe, space.overrides(values))
+    assert space.overrides(space.baselines["hand-set"]) == {}
     assert space.draw("one") == space.draw("one") != space.draw("two")
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_parameter_changes_the_recipe(name: str):
-    recipe, _ = CASES[name]
-    space = SPACES[name](recipe.to_dict(), "")
+    recipe, stage = CASES[name]
+    space, recipe = SPACES[name](recipe.to_dict(), ""), chained(recipe, stage)
     for parameter, distribution in space.parameters.items():
-        values = space.draw("base") | ({"afs": True} if name == "sfd_schedule" else {})
+        values = space.draw("base") | ({"afs": True, "teacher_steps": 2} if name == "sfd_schedule" else {})
         found: set[str] = set()
         for chance in range(12):
             changed = {**values, parameter: distribution.draw(Random(chance))}
@@ -62,7 +65,7 @@ def test_only_what_is_drawn_is_changed():
 
 def walk_of(values: dict[str, Any], stage: str = "sfd_3") -> tuple[list[float], list[int], Recipe]:
     space = SPACES["sfd_schedule"](DIGITS.to_dict(), stage)
-    recipe = override(DIGITS, space.overrides(values))
+    recipe = override(chained(DIGITS, stage), space.overrides(values))
     grid = recipe.stages[stage].objective.sampling_grid()
     return grid.tolist(), positions(recipe.precompute.grid.times(recipe.precompute.intervals), grid), recipe
 
@@ -80,34 +83,37 @@ def test_a_schedule_is_a_choice_of_stored_times():
     assert objective.name == "sfd" and objective.afs and objective.intervals == 4
 
 
-def test_all_schedules_share_one_set_of_trajectories():
-    space = SPACES["sfd_schedule"](DIGITS.to_dict(), "sfd_2")
-    made = {str(override(DIGITS, space.overrides(space.draw(str(seed)))).precompute) for seed in range(20)}
-    assert len(made) == 1
+def test_schedules_share_one_set_of_trajectories_but_those_whose_teacher_takes_few_steps():
+    space, recipe = SPACES["sfd_schedule"](DIGITS.to_dict(), "sfd_2"), chained(DIGITS, "sfd_2")
+    drawn = [space.draw(str(seed)) for seed in range(20)]
+    made = [str(override(recipe, space.overrides(values)).precompute) for values in drawn]
+    shared = {one for one, values in zip(made, drawn, strict=True) if not space.alone(values)}
+    assert len(shared) == 1 and len(set(made)) == 1 + sum(map(space.alone, drawn)) < 21
+
+
+@pytest.mark.parametrize(("afs", "points"), [(False, 7), (True, 10)])
+def test_a_teacher_of_few_steps_walks_through_the_students_times(afs: bool, points: int):
+    gaps = {"gap_0": 1.0, "gap_1": 0.0, "gap_2": -1.0}
+    values = {**gaps, "tail": 1, "afs": afs, "teacher_steps": 3, "teacher_solver": "heun"}
+    times, places, recipe = walk_of(values, "sfd_2")
+    assert len(recipe.precompute.grid.times(recipe.precompute.intervals)) == points
+    assert places == list(range(0, points, 3)) and recipe.precompute.solver == "heun"
+    assert times[0] == 1 and times[-1] == pytest.approx(1 / 48)
+    alike = walk_of({**values, "teacher_steps": "stored"}, "sfd_2")[0]
+    assert times == pytest.approx(alike)
 
 
 def test_baselines_are_the_named_grids():
     space = SPACES["sfd_schedule"](DIGITS.to_dict(), "sfd_2")
     stored = torch.linspace(1, 0, 49, dtype=torch.float64)
-    places = {title: values["places"] for title, values in space.baselines.items()}
+    places = {title: values["places"] for title, values in space.baselines.items() if values}
     assert places["equal steps of t"] == [0, 24, 48]
     sigma = (80 ** (1 / 7) / 2 + 0.002 ** (1 / 7) / 2) ** 7
     nearest = int((stored - sigma / (1 + sigma)).abs().argmin())
     assert places["polynomial, rho 7"] == [0, nearest, 48]
     assert places["arctan, data std 0.5"] == [0, 32, 48]
-    assert len(places) == 9 and len(sfd_schedule.RHOS) == 5
-    assert places["hand-set"] == places["equal steps of t"]  # which is what the recipe says
-    for values in space.baselines.values():
-        assert not values["afs"]
-
-
-def test_hand_set_is_the_recipes_own_schedule():
-    grid = "{knots: [0.25]}"
-    recipe = load("digits", [f"stages.sfd_2.objective.grid={grid}", "stages.sfd_2.objective.afs=true"])
-    space = SPACES["sfd_schedule"](recipe.to_dict(), "sfd_2")
-    assert space.baselines["hand-set"] == {"places": [0, 36, 48], "afs": True}
-    same = override(recipe, space.overrides(space.baselines["hand-set"])).stages["sfd_2"].objective
-    assert same.sampling_grid().tolist() == recipe.stages["sfd_2"].objective.sampling_grid().tolist()
+    assert len(places) == 8 and len(sfd_schedule.RHOS) == 5
+    assert not any(values["afs"] or space.alone(values) for name, values in space.baselines.items() if values)
 
 
 def test_programmed_schedules_are_stored_times_and_good_ones():

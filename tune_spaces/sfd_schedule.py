@@ -1,7 +1,8 @@
-"""At which of the stored times an SFD student steps.
+"""At which times an SFD student steps, and how closely its teacher follows between them.
 
-All trials walk on one fine grid, so that one set of trajectories serves every schedule: a schedule is a choice among
-its times (`hd_core.schedules`).
+A schedule is a choice among the times of one fine grid (`hd_core.schedules`), so that one set of trajectories serves
+every schedule whose teacher walks that grid. A teacher of few steps between two of the student's times, the K of the
+paper, walks a grid that is the schedule's own.
 """
 
 import math
@@ -10,19 +11,24 @@ from functools import partial
 from typing import Any
 
 from hd_core.schedules import Places, arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial
-from hd_core.times import GridConfig, positions
+from hd_core.times import GridConfig
 from hd_core.types import Condition, Grid, Images, Velocity
 from tune_spaces.space import Changes, Choice, Distribution, Space, Uniform, Values, first_stage
 
 FINE = 48
 """Intervals of the fine grid at least."""
+STORED = "stored"
+"""The teacher walks the fine grid."""
+TEACHER_STEPS = (STORED, 2, 3, 4)
+SOLVERS = ("heun", "ipndm_2", "dpmpp_2m", "dpmpp_3m")
 RHOS = (3, 5, 7, 9, 11)
 GAMMAS = (0.9, 1.0, 1.15)
 _DATA_STD = 0.5
 
 
 def space(recipe: Values, stage: str = "") -> Space:
-    """Free times, where the walk ends, and whether its first step is analytical, at the stage's number of calls.
+    """Free times, where the walk ends, whether its first step is analytical, and the teacher's steps and solver between
+    two of the times, at the stage's number of calls.
 
     Raises:
         ValueError: no stage of the recipe is SFD's by stored trajectories, or it is told its number of steps.
@@ -36,22 +42,24 @@ def space(recipe: Values, stage: str = "") -> Space:
     calls = objective["intervals"] - objective["afs"]
     stored = _stored(recipe["precompute"])
     gaps: dict[str, Distribution] = {f"gap_{i}": Uniform(low=-2.5, high=2.5) for i in range(calls + 1)}
+    choices: dict[str, Distribution] = {
+        "tail": Choice(values=[0, 1, 2]),
+        "afs": Choice(values=[False, True]),
+        "teacher_steps": Choice(values=TEACHER_STEPS),
+        "teacher_solver": Choice(values=SOLVERS),
+    }
     return Space(
         stage=name,
-        parameters={**gaps, "tail": Choice(values=[0, 1, 2]), "afs": Choice(values=[False, True])},
+        parameters={**gaps, **choices},
         changes=lambda values: _changes(name, calls, stored, values),
         always={"precompute.intervals": len(stored) - 1},
         baselines={
-            "hand-set": {"places": _own(objective, stored), "afs": objective["afs"]},
+            "hand-set": {},
             **{title: {"places": places, "afs": False} for title, places in baselines(calls, stored).items()},
         },
         from_trajectories=partial(programmed, calls),
+        alone=lambda values: values.get("teacher_steps", STORED) != STORED,
     )
-
-
-def _own(objective: Values, stored: Grid) -> Places:
-    """The recipe's own times."""
-    return positions(stored, _grid(objective["grid"]).times(objective["intervals"]))
 
 
 def programmed(
@@ -101,9 +109,10 @@ def places_of(values: Values, calls: int, points: int) -> Places:
 def _changes(stage: str, calls: int, stored: Grid, values: Values) -> Changes:
     places = places_of(values, calls, len(stored))
     times: list[float] = stored[places].tolist()
-    start = f"stages.{stage}.objective"
-    return {
-        f"{start}.intervals": len(places) - 1,
-        f"{start}.afs": values["afs"],
-        f"{start}.grid": {"kind": "uniform", "t_max": times[0], "t_min": times[-1], "knots": times[1:-1]},
-    }
+    grid = {"kind": "uniform", "t_max": times[0], "t_min": times[-1], "knots": times[1:-1]}
+    intervals, start = len(places) - 1, f"stages.{stage}.objective"
+    changes: Changes = {f"{start}.intervals": intervals, f"{start}.afs": values["afs"], f"{start}.grid": grid}
+    if (steps := values.get("teacher_steps", STORED)) != STORED:
+        changes |= {"precompute.grid": grid, "precompute.intervals": steps * intervals}
+        changes["precompute.solver"] = values["teacher_solver"]
+    return changes

@@ -83,17 +83,19 @@ class Space:
     always: Changes = field(default_factory=dict)
     """What every trial changes, so that all of them can share what is made once."""
     baselines: Mapping[str, Values] = field(default_factory=dict)
-    """Draws to compare with, by what a table calls them; ``hand-set`` is the recipe as it is."""
+    """Draws to compare with, by what a table calls them; ``hand-set``, the empty one, is the recipe as it is."""
     from_trajectories: FromTrajectories | None = None
     """Further baselines, found on some of the teacher's trajectories that are stored."""
+    alone: Callable[[Values], bool] = lambda values: False
+    """Whether a draw needs trajectories that no other needs: they are not kept."""
 
     def draw(self, seed: str) -> dict[str, Any]:
         """Every parameter by chance alone, from a seed."""
         return {name: one.draw(Random(f"{seed}/{name}")) for name, one in self.parameters.items()}
 
     def overrides(self, values: Values) -> Changes:
-        """All that a trial changes in the recipe."""
-        return {**self.always, **self.changes(values)}
+        """All that a trial changes in the recipe: nothing, where nothing is drawn."""
+        return {**self.always, **self.changes(values)} if values else {}
 
 
 def first_stage(recipe: Values, asked: str, fits: Callable[[Values], bool], what: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.recipe import Recipe, nearest, override, read_yaml
+from pipelines.tuning.work import chained
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Distribution, Integer, Space, Uniform
 
@@ -40,12 +41,13 @@ def find_space(name_or_path: str, recipe: Recipe, stage: str) -> Space:
 
 def _check(space: Space, recipe: Recipe, source: str) -> None:
     """See that what the space changes is there, before any trial is."""
-    draws = [*space.baselines.values(), *(space.draw(f"check-{number}") for number in range(3))]
-    for values in draws:
+    trained = chained(recipe, space.stage)
+    without = " (what does not lead to the stage that is scored is left out)" if trained.stages != recipe.stages else ""
+    for values in [*space.baselines.values(), *(space.draw(f"check-{number}") for number in range(3))]:
         try:
-            override(recipe, space.overrides(values))
+            override(trained, space.overrides(values))
         except ValueError as error:
-            raise ValueError(f"space {source} does not fit the recipe: {error}") from None
+            raise ValueError(f"space {source} does not fit the recipe: {error}{without}") from None
 
 
 def _of_file(path: Path, recipe: Recipe, asked: str) -> Space:

@@ -19,7 +19,7 @@ from rich.console import Console
 from pipelines.artifacts import RunDir, ensure_same, read_json, write_json, write_text
 from pipelines.locks import held
 from pipelines.progress import bar
-from pipelines.recipe import determining, override, to_yaml
+from pipelines.recipe import determining, to_yaml
 from pipelines.recording import recorded, tracker_of
 from pipelines.report import Row
 from pipelines.run import Run
@@ -98,7 +98,7 @@ class Sweep:
         self._search()
         finals = self._finals(baselines)
         trials = stored_trials(self.folder)
-        costs = costs_of(self._times.seconds, trials, self.folder, self.rooms.slots)
+        costs = costs_of(self.work, self._times.seconds, trials, self.rooms.slots)
         report = SweepReport.of(self.work, self.name, trials, baselines, finals, costs)
         self._leave(report)
         return report
@@ -130,7 +130,7 @@ class Sweep:
 
     def _prepare(self, seed: int, *, final: bool) -> Path:
         recipe = self.work.trial_recipe(self.work.space.always, seed, final=final)
-        return prepare(self.work, recipe, self.console, check=True)
+        return prepare(self.work, recipe, self.console, self.work.shared_folder(recipe), check=True)
 
     def _baselines(self, shared: Path) -> Mapping[str, Mapping[str, Any]]:
         space = self.work.space
@@ -255,8 +255,8 @@ class Sweep:
 
     def _leave(self, report: SweepReport) -> None:
         winner = report.winner
-        recipe = override(self.work.recipe, winner.changes)
-        write_text(self.folder / "winner.yaml", report.lineage(self.folder) + to_yaml(recipe))
+        recipe = self.work.winner(winner.changes)
+        write_text(self.folder / "winner.yaml", report.lineage(self.folder, recipe) + to_yaml(recipe))
         write_json(self.folder / "sweep_report.json", report.to_dict())
         pictures = render_sweep(report, self.work, self.folder)
         for picture in pictures:

@@ -1,5 +1,6 @@
 """The report of a sweep: a table for the terminal, `sweep_report.json`, figures, and a page."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.artifacts import read_json
+from pipelines.recipe import Recipe
 from pipelines.tuning.importance import importances
 from pipelines.tuning.results import HAND_SET, Candidate, Finalist, Interval, candidates, judged
-from pipelines.tuning.trial import Trial
+from pipelines.tuning.trial import Trial, shared_with
 from pipelines.tuning.work import Mode, Work, rank
 
 
@@ -39,6 +41,8 @@ class SweepReport:
     space: str
     stage: str
     recipe: str
+    stages: list[str]
+    """The recipe's."""
     metric: str
     trials: list[Trial]
     """Baselines and draws, the best score first."""
@@ -66,6 +70,7 @@ class SweepReport:
             space=name,
             stage=work.space.stage,
             recipe=work.recipe.name,
+            stages=list(work.recipe.stages),
             metric=work.metric,
             trials=sorted(drawn, key=lambda one: rank(one.score, work.mode)),
             finalists=finalists,
@@ -88,14 +93,16 @@ class SweepReport:
             told["best/fid_against_recipe"] = self.winner.against.mean
         return told
 
-    def lineage(self, folder: Path) -> str:
+    def lineage(self, folder: Path, winner: Recipe) -> str:
         """The comment that opens the winner's recipe."""
+        left_out = [name for name in self.stages if name not in winner.stages]
         lines = [
             f"Found by `hdistill tune {self.space} {self.recipe}` in {folder.name}: {self.winner.name}, trial"
             f" {self.winner.trial}.",
             *self.verdict(),
             "Changed from the recipe:",
             *(f"  {key}: {value}" for key, value in self.winner.changes.items()),
+            *([f"Left out, since they need other trajectories: {', '.join(left_out)}."] if left_out else []),
         ]
         return "".join(f"# {line}\n" for line in lines) + "\n"
 
@@ -139,22 +146,32 @@ def _winner(finals: Sequence[Finalist], found: Sequence[Candidate], mode: Mode) 
     return Winner(**known, fid=None, against=None)
 
 
-def costs_of(times: Mapping[str, float], trials: Sequence[Trial], folder: Path, slots: int) -> dict[str, float]:
+def costs_of(work: Work, times: Mapping[str, float], trials: Sequence[Trial], slots: int) -> dict[str, float]:
     """Seconds of a sweep: as they were, as they would ideally be, and what sharing has saved."""
-    work = sum(trial.seconds for trial in trials)
-    shared = [read_json(one / "ready.json") for one in sorted((folder / "shared").iterdir())]
-    made = [float(one["seconds"]) for one in shared if one]
-    users = {trial.key for trial in trials if trial.kind != "final"}
-    own = made[0] if made else 0.0
+    worked = sum(trial.seconds for trial in trials)
+    users = Counter(_shared(work, trial) for trial in trials)
+    made = {folder: _seconds(folder) for folder in users if folder is not None}
     return {
         "wall": times["trials"],
-        "work": work,
+        "work": worked,
         "slots": float(slots),
-        "ideal": work / slots,
-        "shared": sum(made),
-        "saved": own * max(0, len(users) - 1),
+        "ideal": worked / slots,
+        "shared": sum(made.values()),
+        "saved": sum(seconds * (users[folder] - 1) for folder, seconds in made.items()),
         "sessions": times["sessions"],
     }
+
+
+def _shared(work: Work, trial: Trial) -> Path | None:
+    """What a trial shares with others, if it is a recipe and shares anything."""
+    try:
+        return None if work.space.alone(trial.values) else shared_with(work, trial)
+    except ValueError:
+        return None
+
+
+def _seconds(folder: Path) -> float:
+    return float((read_json(folder / "ready.json") or {"seconds": 0.0})["seconds"])
 
 
 def print_sweep(report: SweepReport, console: Console, folder: Path, most: int = 10) -> None:

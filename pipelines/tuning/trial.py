@@ -21,10 +21,13 @@ from pipelines.locks import awaited
 from pipelines.recipe import Recipe, override
 from pipelines.report import Row
 from pipelines.run import Run
+from pipelines.storage import remove_tree
 from pipelines.tuning.work import Work
 
 Kind = Literal["baseline", "search", "random", "final"]
 State = Literal["running", "done", "stopped", "failed"]
+_ALONE = "own"
+"""In a trial's directory: what comes before its stage, where no other trial shares that. Removed at its end."""
 _LOCK_SECONDS = 120.0
 """How long a trial waits for an earlier life of itself to end."""
 
@@ -85,6 +88,8 @@ class TrialFile:
         over = changes.get("state", "running") != "running"
         self.trial = replace(self.trial, **changes, **({"ended": time.time()} if over else {}))
         write_json(self.folder / "trial.json", asdict(self.trial))
+        if over:
+            remove_tree(self.folder / _ALONE)
         return self.trial
 
 
@@ -149,7 +154,8 @@ class _Attempt:
     def _train(self) -> dict[str, Any] | None:
         trial, work = self.file.trial, self.work
         recipe = work.trial_recipe(trial.changes, trial.seed, final=trial.kind == "final")
-        shared = prepare(work, override(recipe, {"precompute.num_actors": 0}), Console(quiet=True))
+        before = override(recipe, {"precompute.num_actors": 0})
+        shared = prepare(work, before, Console(quiet=True), shared_with(work, trial))
         folder = _TrialDir(self.file.folder, shared, work.space.stage, work.references)
         run = TrialRun(recipe, folder, self._note_all, work.metric)
         run.partial(lambda job: job.train(work.space.stage))
@@ -221,12 +227,22 @@ class TrialRun(Run):
 # What trials share
 
 
-def prepare(work: Work, recipe: Recipe, console: Console, *, check: bool = False) -> Path:
-    """Make, once for all trials that can share it, all that comes before the searched stage; returns its folder.
+def shared_with(work: Work, trial: Trial) -> Path:
+    """Where what comes before a trial's searched stage is: a folder that trials share, or the trial's own.
+
+    Raises:
+        ValueError: its changes make no recipe.
+    """
+    if work.space.alone(trial.values):
+        return trial_folder(work.sweep, trial) / _ALONE
+    return work.shared_folder(work.trial_recipe(trial.changes, trial.seed, final=trial.kind == "final"))
+
+
+def prepare(work: Work, recipe: Recipe, console: Console, folder: Path, *, check: bool = False) -> Path:
+    """Make, once for all trials that share a folder, all that comes before the searched stage; returns the folder.
 
     Whoever comes first makes it; the others wait. ``check`` sees by their hashes that files are as they were made.
     """
-    folder = work.shared_folder(recipe)
     if _is_ready(folder) and not check:
         return folder
     RunDir.create(folder)

@@ -66,10 +66,9 @@ class Work:
         Raises:
             ValueError: a field does not exist, or a value is not allowed.
         """
-        stage, values = self.space.stage, self.recipe.to_dict()
-        stages = {name: values["stages"][name] for name in self.recipe.chain(stage)}
+        stage = self.space.stage
         probe = {"every": 0 if final else self.every, "num_samples": self.num_samples, "keep": "last", "beside": False}
-        changed = override(from_dict({**values, "stages": stages, "seed": seed}), changes)
+        changed = override(chained(self.recipe, stage), {"seed": seed, **changes})
         fixed = {
             "track.enabled": False,
             "evaluate.num_actors": 0,
@@ -82,6 +81,13 @@ class Work:
         """Features of real images."""
         return self.sweep / "references"
 
+    def winner(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with the changes of a trial; without the stages that these leave no trajectories for."""
+        try:
+            return override(self.recipe, changes)
+        except ValueError:
+            return override(chained(self.recipe, self.space.stage), changes)
+
     def shared_folder(self, recipe: Recipe) -> Path:
         """Where what comes before the searched stage is kept: the same folder wherever that is the same."""
         values = determining(recipe.to_dict())
@@ -89,6 +95,12 @@ class Work:
         kinds = {"probes": recipe.stages[self.space.stage].probe.every > 0}  # a final trial reads no images
         made_of = {key: values[key] for key in ("seed", "teacher", "data", "precompute", "train", "evaluate")}
         return self.sweep / "shared" / fingerprint({**made_of, "stages": before, **kinds})[:12]
+
+
+def chained(recipe: Recipe, stage: str) -> Recipe:
+    """A recipe with no stages but one and those that lead to it."""
+    values = recipe.to_dict()
+    return from_dict({**values, "stages": {name: values["stages"][name] for name in recipe.chain(stage)}})
 
 
 def rank(score: float | None, mode: Mode) -> float:

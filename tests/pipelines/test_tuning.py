@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 from scipy import stats
 
-from pipelines.artifacts import read_json
+from pipelines.artifacts import read_json, write_json
 from pipelines.recipe import Recipe, load
 from pipelines.tuning import samplers, schedulers
 from pipelines.tuning import search as searching
@@ -28,7 +28,7 @@ from pipelines.tuning.samplers import words
 from pipelines.tuning.search import Stopped
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import SweepConfig
-from pipelines.tuning.sweep_report import SweepReport
+from pipelines.tuning.sweep_report import SweepReport, costs_of
 from pipelines.tuning.trial import Trial, TrialFile, TrialRun, perform, prepare, stored, stored_trials
 from pipelines.tuning.work import METRICS, Work
 from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
@@ -152,16 +152,43 @@ def test_what_is_shared_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (work.sweep / "trials" / first.key / "trajectories").exists()
 
 
+def test_a_trial_with_trajectories_of_its_own_shares_nothing_and_leaves_none(tmp_path: Path):
+    space = dataclasses.replace(space_of(), alone=lambda values: values[RATE] > 1e-3)
+    work = work_of(tmp_path, space=space)
+    intervals = {"precompute.intervals": 2}
+    trial = perform(work, trial_of(work, 2e-3, changes={RATE: 2e-3, **intervals}), Ears())
+    assert trial.state == "done" and not (work.sweep / "shared").exists()
+    assert not list((work.sweep / "trials").rglob("*.parquet"))
+    shared = perform(work, trial_of(work, 1e-3, changes={RATE: 1e-3, **intervals}), Ears())
+    assert shared.state == "done" and list((work.sweep / "shared").rglob("*.parquet"))
+
+
+def test_what_sharing_saves_is_counted_by_what_is_shared(tmp_path: Path):
+    space = dataclasses.replace(space_of(), alone=lambda values: values[RATE] > 1e-2)
+    work = work_of(tmp_path, space=space)
+    rates = (1e-3, 2e-3, 3e-3, 2e-2)
+    trials = [ended(work, rate, 1.0) for rate in rates] + [
+        trial_of(work, 1e-3, kind="final", seed=seed) for seed in (4, 4, 5)
+    ]
+    for seed, seconds in ((3, 10.0), (4, 100.0), (5, 1000.0)):
+        folder = work.shared_folder(work.trial_recipe({}, seed, final=seed != 3))
+        write_json(folder / "ready.json", {"seconds": seconds})
+    broken = trial_of(work, changes={BATCH: 1000}, state="failed")
+    costs = costs_of(work, {"trials": 5.0, "sessions": 1}, [*trials, broken], 2)
+    assert costs["saved"] == 2 * 10 + 100 and costs["shared"] == 1110
+
+
 def test_a_shared_file_that_was_damaged_is_made_again_by_the_next_session(tmp_path: Path):
     work = work_of(tmp_path, "precompute.num_actors=0")
     recipe, console = work.trial_recipe({}, 3, final=False), Console(quiet=True)
-    shared = prepare(work, recipe, console)
+    folder = work.shared_folder(recipe)
+    shared = prepare(work, recipe, console, folder)
     shard = next((shared / "trajectories").glob("*.parquet"))
     before = shard.read_bytes()
     shard.write_bytes(b"torn")
-    prepare(work, recipe, console)
+    prepare(work, recipe, console, folder)
     assert shard.read_bytes() == b"torn"  # a trial trusts what is ready
-    prepare(work, recipe, console, check=True)
+    prepare(work, recipe, console, folder, check=True)
     assert shard.read_bytes() == before
 
 
@@ -216,8 +243,12 @@ def test_a_space_of_ones_own(tmp_path: Path):
     ("text", "message"),
     [
         (
-            "parameters: {stages.sfd_2.batch: {low: 1, high: 2}}",
-            r"does not fit the recipe: unknown key 'stages.sfd_2.batch'",
+            "parameters: {stages.sfd_4.batch: {low: 1, high: 2}}",
+            r"does not fit the recipe: unknown key 'stages.sfd_4.batch'",
+        ),
+        (
+            "parameters: {stages.sfd_2.batch_size: {low: 1, high: 2}}",
+            "unknown key 'sfd_2'.*Keys of stages: sfd_4 .what does not lead to the stage that is scored is left out",
         ),
         ("parameters: {seed: {low: 2, high: 1}}", "seed: a range needs low below high"),
         ("parameters: {seed: 3}", "seed must be {low: NUMBER, high: NUMBER}.*given 3"),
@@ -390,7 +421,8 @@ def test_a_sweep_says_what_it_may(tmp_path: Path, first: dict[int, float], own: 
     ]
     costs: dict[str, float] = dict.fromkeys(("wall", "work", "slots", "ideal", "shared", "saved"), 1.0)
     report = SweepReport.of(work, "own", [base, searched], [base], finals, costs)
-    assert sentence in " ".join(report.verdict()) and sentence in report.lineage(tmp_path).replace("\n# ", " ")
+    lineage = report.lineage(tmp_path, work.recipe).replace("\n# ", " ")
+    assert sentence in " ".join(report.verdict()) and sentence in lineage and "Left out" not in lineage
     best = base if own and np.mean(list(own.values())) < np.mean(list(first.values())) else searched
     assert report.winner.changes == best.changes and report.winner.trial == best.key
 
@@ -518,6 +550,7 @@ def test_schedules_are_compared_with_those_that_are_programmed(tmp_path: Path):
     assert "hand-set" in names
     for name in ("equal steps of t", "polynomial, rho 7", "log-SNR", "arctan", "GITS, gamma 1.15", "OSS"):
         assert name in called
+    assert load(str(folder / "winner.yaml")).stages["sfd_2"].objective.name == "sfd"
 
 
 @pytest.mark.ray
@@ -538,7 +571,8 @@ def test_a_trial_whose_process_dies_goes_on(tmp_path: Path):
 
     space = dataclasses.replace(space_of(), changes=changes)
     work, told = work_of(tmp_path, "stages.sfd_2.num_steps=12", space=space, rungs=12), list[Trial]()
-    prepare(work, work.trial_recipe({}, 3, final=False), Console(quiet=True))
+    recipe = work.trial_recipe({}, 3, final=False)
+    prepare(work, recipe, Console(quiet=True), work.shared_folder(recipe))
     config = SearchConfig(slots=1, num_trials=1)
     searching.search(work, config, [], searching.Rooms(config, work), told.append)
     (trial,) = told
