@@ -85,7 +85,7 @@ def measure(seed: int, quick: bool, routes: list[str]) -> tuple[float, dict[str,
     steps, every, samples = (8, 4, 512) if quick else (1200, 100, 8192)
     with TemporaryDirectory() as folder:
         run = Run(recipe(seed, steps, every, samples), RunDir.create(Path(folder) / "run"), Console(quiet=True))
-        run.partial(lambda job: job._write_images())
+        run.partial(lambda job: job.write_images())
         precompute = make_trajectories(run)
         return precompute, {name: list(train(run, f"route_{list(ROUTES).index(name)}")) for name in routes}
 

@@ -248,6 +248,11 @@ class RunDir:
         return self._shared / "images"
 
     @property
+    def validation(self) -> Path:
+        """Real images that are kept from training: shards and manifest."""
+        return self._shared / "validation"
+
+    @property
     def latents(self) -> Path:
         """Real training images as the teacher's latents: shards and manifest."""
         return self._shared / "latents"

@@ -23,6 +23,7 @@ from pipelines.perceptual import LPIPS, load_perceptual
 from pipelines.process import default_device
 from pipelines.recipe import TEACHER
 from pipelines.references import Library, Reference
+from pipelines.shards import ShardSet
 from pipelines.stages import StageJob, measured_steps, sampling_grid, stage_inputs
 
 
@@ -87,6 +88,8 @@ class Assembly(Inputs):
             images=self.images if stage.needs_images else None,
             inputs=stage_inputs(stage, recipe.train, upstream, recipe.seed, name),
             features=_portable(recipe.evaluate.features) if stage.probe.every else "",
+            validation=self.validation if stage.probe.every else None,
+            judged_by=self.judged_by if stage.probe.every else None,
             perceptual=_portable(stage.perceptual),
             start_knows_steps=stage.start != TEACHER and recipe.knows_steps(stage.start),
             latents=latents,
@@ -188,6 +191,15 @@ class Assembly(Inputs):
         if extractor is None:
             return None
         return self._library.reference(_portable(asked.second_features), extractor, asked.num_samples, "")
+
+    @cached_property
+    def judged_by(self) -> ShardSet:
+        """Features of the real images that probes score against."""
+        return self._library.judged_by(self.extractor)
+
+    def make_judged_by(self) -> None:
+        """See that those features are all there."""
+        self._library.make_judged_by(_portable(self.recipe.evaluate.features), self.extractor)
 
     @property
     def _library(self) -> Library:

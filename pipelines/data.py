@@ -1,8 +1,9 @@
 """Real images: what the discriminator sees and what samples are measured against.
 
-Every kind of data ends as two sets of uint8 images: ``train``, and ``reference``, which is held out. No teacher or
-student that is trained here ever sees the reference; statistics are taken from it alone. Sets are kept in memory, or,
-where they outgrow it, decoded as they are needed.
+Every kind of data ends as two sets of uint8 images: ``train``, and ``reference``, which is held out, and a third where
+it is asked for: ``validation``, by which choices are made. No teacher or student that is trained here ever sees the
+latter two; statistics are taken from the reference alone. Sets are kept in memory, or, where they outgrow it, decoded
+as they are needed.
 """
 
 import hashlib
@@ -95,8 +96,10 @@ class DataSplits:
     reference: ImageSet
     """Held out: only statistics are taken from it."""
     fingerprint: str
-    """sha256 of both sets' pixels, classes, captions and shapes; of sets too large for memory, in place of pixels: the
+    """sha256 of the sets' pixels, classes, captions and shapes; of sets too large for memory, in place of pixels: the
     names and byte sizes of the encoded pictures, with image_size, fit and channels."""
+    validation: ImageSet | None = None
+    """Kept from training, to choose by: what probes and sweeps score against; ``None`` where that is ``train``."""
     skipped: tuple[Skipped, ...] = ()
     """Pictures that were left out because they are bad, in the order of the data."""
 
@@ -130,11 +133,14 @@ _Loaded = tuple[tuple[_Part, _Part], tuple[Skipped, ...]]
 def load_images(config: DataConfig) -> DataSplits:
     """Read and split the images; bad pictures are skipped, and listed. ValueError says what is wrong, and where."""
     load = {"digits": _digits, "npz": _npz}.get(config.kind, _encoded)
-    parts, skipped = load(config)
+    (given, reference), skipped = load(config)
+    train, *validation = _kept_from(given, config)
+    parts = [train, reference, *validation]
     labels = [part.labels for part in parts if part.labels is not None]
     num_classes = 1 + max(int(part.max()) for part in labels) if labels else 0
     splits = [_image_set(part, num_classes) for part in parts]
-    return DataSplits(train=splits[0], reference=splits[1], fingerprint=_fingerprint(splits), skipped=skipped)
+    named = dict(zip(("train", "reference", "validation"), splits, strict=False))
+    return DataSplits(**named, fingerprint=_fingerprint(splits), skipped=skipped)
 
 
 def to_model(images: Pixels) -> Float[Tensor, "n c h w"]:
@@ -161,6 +167,15 @@ def _split(part: _Part, config: DataConfig) -> tuple[_Part, _Part]:
     held_out = config.held_out_of(len(part.images))
     order = np.random.RandomState(config.split_seed).permutation(len(part.images))
     return part.taken(order[:-held_out]), part.taken(order[-held_out:])
+
+
+def _kept_from(part: _Part, config: DataConfig) -> list[_Part]:
+    """The images to train on, then those that are kept from training, if any are."""
+    count = config.validation_of(len(part.images))
+    if not count:
+        return [part]
+    order = np.random.RandomState(config.split_seed).permutation(len(part.images))
+    return [part.taken(order[:-count]), part.taken(order[-count:])]
 
 
 def _npz(config: DataConfig) -> _Loaded:

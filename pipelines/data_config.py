@@ -22,8 +22,12 @@ class DataConfig:
     """1: grey. 3: colour. 0: as they are (encoded pictures are read in colour)."""
     held_out: int | float = 600
     """Reference images: a number, or a share between 0 and 1; unused where the data bring their own reference."""
+    validation: int | float = 0
+    """Images that are kept from training, and that probes and sweeps score against: a number, or a share (0 to 1) of
+    what is left beside the reference. 0: they score against the images that are trained on."""
     split_seed: int = 0
-    """Seed of the permutation whose last ``held_out`` images are the reference."""
+    """Seed of the permutation whose last ``held_out`` images are the reference, and of that which keeps ``validation``.
+    """
     image_column: str = "image"
     """Column of the encoded pictures, in Parquet and Hugging Face data."""
     label_column: str = "label"
@@ -45,8 +49,12 @@ class DataConfig:
             raise ValueError("fit pad needs an image_size to pad to; given 0")
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels must be 1, 3 or 0 (as they are); given {self.channels}")
-        if not self._held_out_is_sound():
+        if not _is_count_or_share(self.held_out):
             raise ValueError(f"held_out must be a number of images or a share between 0 and 1; given {self.held_out}")
+        if self.validation != 0 and not _is_count_or_share(self.validation):
+            raise ValueError(
+                f"validation must be 0, a number of images or a share between 0 and 1; given {self.validation}"
+            )
         if not 0 <= self.split_seed < 2**32:
             raise ValueError(f"split_seed must be in [0, 2^32); given {self.split_seed}")
         self._check_columns()
@@ -70,12 +78,25 @@ class DataConfig:
         if self.split == self.reference_split:
             raise ValueError(f"reference_split must be another split than the one to train on; both are {self.split!r}")
 
-    def _held_out_is_sound(self) -> bool:
-        return self.held_out >= 1 if isinstance(self.held_out, int) else 0 < self.held_out < 1
-
     def held_out_of(self, total: int) -> int:
         """How many of ``total`` images are the reference; ValueError where nothing is left to train on."""
-        count = self.held_out if isinstance(self.held_out, int) else round(self.held_out * total)
-        if not 0 < count < total:
-            raise ValueError(f"held_out {self.held_out} of {total} images leaves too few to train on or to measure by")
-        return count
+        return _count_of("held_out", self.held_out, total)
+
+    def validation_of(self, total: int) -> int:
+        """How many of ``total`` images beside the reference are kept from training.
+
+        Raises:
+            ValueError: nothing is left to train on.
+        """
+        return _count_of("validation", self.validation, total) if self.validation else 0
+
+
+def _is_count_or_share(value: int | float) -> bool:
+    return value >= 1 if isinstance(value, int) else 0 < value < 1
+
+
+def _count_of(name: str, value: int | float, total: int) -> int:
+    count = value if isinstance(value, int) else round(value * total)
+    if not 0 < count < total:
+        raise ValueError(f"{name} {value} of {total} images leaves too few to train on or to measure by")
+    return count

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from pipelines.artifacts import RunDir
-from pipelines.data import DataSplits, load_images
+from pipelines.data import DataSplits, ImageSet, load_images
 from pipelines.encoding import PromptMaker, latent_parts, latent_spec, prompt_spec, vocabulary_of
 from pipelines.evaluate import class_labels
 from pipelines.lazy import LazyPixels
@@ -108,17 +108,26 @@ class Inputs:
 
     @cached_property
     def images(self) -> ShardSet:
-        train = self.splits.train
+        """Real images to train on, as pixels."""
+        return self._pixels(self.dir.images, self.splits.train)
+
+    @cached_property
+    def validation(self) -> ShardSet | None:
+        """Those that are kept from training, if any are."""
+        kept = self.splits.validation
+        return None if kept is None else self._pixels(self.dir.validation, kept)
+
+    def _pixels(self, folder: Path, images: ImageSet) -> ShardSet:
         spec = ShardSetSpec(
             kind="images",
-            rows=len(train),
+            rows=len(images),
             shard_rows=IMAGE_SHARD_ROWS,
             dtype="uint8",
-            shape=train.images.shape[1:],
+            shape=images.images.shape[1:],
             inputs={"data": self.splits.fingerprint},
             details={"layout": ["height", "width", "channel"]},
         )
-        return ShardSet.open(self.dir.images, spec)
+        return ShardSet.open(folder, spec)
 
     def evaluation_labels(self, ids: range) -> Tensor:
         """The class, or the prompt, of each sample that is measured."""

@@ -1,6 +1,7 @@
 """Looking at a student while it trains: a small fixed-seed sample, its FID and spread, and how the fake score lags.
 
-The FID of a probe is against the *training* images, so that a checkpoint chosen by it leaves the held-out ones unseen.
+The FID of a probe is against images that are kept from training for it (data.validation), or else against the training
+images, so that a checkpoint chosen by it leaves the held-out ones unseen.
 """
 
 import copy
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hd_core.metrics.diversity import within_class_spread
 from hd_core.metrics.frechet import frechet_distance
-from hd_core.metrics.statistics import Moments
+from hd_core.metrics.statistics import Moments, merge_in_order
 from hd_core.objectives.dmd import DMD
 from hd_core.objectives.turns import Batch, Cast, Objective, Turn, first_step_is_analytical
 from hd_core.random import Draws, fold_in, sample_labels, sample_noise
@@ -36,10 +37,11 @@ class Probe:
 
     def __init__(self, job: StageJob, teacher: Teacher, cast: Cast | None = None) -> None:
         self.job, self.teacher, self.cast, self.config = job, teacher, cast, job.stage.probe
-        assert job.images is not None
-        real = job.images.read(range(job.images.spec.num_shards))
+        images, features = job.validation or job.images, job.judged_by
+        assert images is not None and features is not None
+        real = images.read(range(images.spec.num_shards))
         self.extractor = load_extractor(job.features)
-        self.real = Moments.of(self.extractor(real.values))
+        self.real = merge_in_order(Moments.of(features.read([i]).values) for i in range(features.spec.num_shards))
         self.real_spread = within_class_spread(to_model(real.values), self._kinds(torch.from_numpy(real.labels.copy())))
         self.seed = fold_in(job.seed, "stage", job.name, "probe")
         ids = range(self.config.num_samples)

@@ -96,16 +96,32 @@ class Library:
             pixels=self.splits.reference.images.shape[1:],
         )
 
+    def judged_by(self, extractor: Extractor) -> ShardSet:
+        """Features of what probes score against, as far as they are there."""
+        return self._opened(*self._judges, extractor, len(self._judges[1]))
+
+    def make_judged_by(self, net: str, extractor: Extractor) -> None:
+        """See that those are all there."""
+        self._features(*self._judges, net, extractor, len(self._judges[1]))
+
+    @property
+    def _judges(self) -> tuple[str, ImageSet]:
+        kept = self.splits.validation
+        return ("train", self.splits.train) if kept is None else ("validation", kept)
+
     def _features(self, part: str, images: ImageSet, net: str, extractor: Extractor, count: int) -> np.ndarray:
         """``(count, d)`` of the first images of a part of the data."""
-        some = extractor(images.images[:1])
-        inputs = {"feature_net": extractor.fingerprint, "data": self.splits.fingerprint, "part": part}
-        spec = feature_spec(count, _UNITS_IN_SHARD * extractor.rows_at_once, some, inputs)
-        shards = ShardSet.open(self.folder / f"{extractor.name}-{part}-{spec.fingerprint[:16]}", spec)
+        shards = self._opened(part, images, extractor, count)
         shards.mend()
         if not shards.complete:
             self._make(shards, images, net, extractor)
-        return shards.read(range(spec.num_shards)).values
+        return shards.read(range(shards.spec.num_shards)).values
+
+    def _opened(self, part: str, images: ImageSet, extractor: Extractor, count: int) -> ShardSet:
+        some = extractor(images.images[:1])
+        inputs = {"feature_net": extractor.fingerprint, "data": self.splits.fingerprint, "part": part}
+        spec = feature_spec(count, _UNITS_IN_SHARD * extractor.rows_at_once, some, inputs)
+        return ShardSet.open(self.folder / f"{extractor.name}-{part}-{spec.fingerprint[:16]}", spec)
 
     def _make(self, shards: ShardSet, images: ImageSet, net: str, extractor: Extractor) -> None:
         pixels = images.images

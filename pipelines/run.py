@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 from rich.console import Console
 
 from hd_core.guidance import branches
@@ -16,6 +17,7 @@ from pipelines.artifacts import RunDir, differences, fingerprint, read_json, wri
 from pipelines.assembly import Assembly
 from pipelines.cluster import is_running, stop_ray
 from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
+from pipelines.data import ImageSet
 from pipelines.evaluate import Evaluator, Generator
 from pipelines.measures import caution
 from pipelines.peer_pictures import measure_pictures
@@ -118,8 +120,7 @@ class Run(Assembly):
         before = is_running()
         if self.prompts and self.vocabulary:
             self._make("prompts", self.prompts, self.prompt_maker(self.prompts, self.vocabulary), "prompts")
-        if any(stage.needs_images for stage in self.recipe.stages.values()):
-            self._write_images()
+        self.write_images()
         if self.latents and "images" in needs:
             self._make("latents", self.latents, self.latent_maker(self.latents), "latents")
         if "trajectories" in needs:
@@ -158,14 +159,23 @@ class Run(Assembly):
             return 1
         return self.recipe.precompute.calls_per_sample * branches(self.recipe.teacher.guidance_scale)
 
-    def _write_images(self) -> None:
-        shards, images, labels = self.images, self.splits.train.images, self.image_labels
+    def write_images(self) -> None:
+        """Real images, and what probes score against, as far as any stage reads them."""
+        stages, kept = self.recipe.stages.values(), self.splits.validation
+        if any(stage.needs_images for stage in stages):
+            self._write_pixels(self.images, self.splits.train, self.image_labels)
+        if any(stage.probe.every for stage in stages):
+            if self.validation is not None and kept is not None:
+                self._write_pixels(self.validation, kept, kept.labels)
+            self.make_judged_by()
+
+    def _write_pixels(self, shards: ShardSet, images: ImageSet, labels: np.ndarray) -> None:
         for file in shards.mend():
             self.say(f"[yellow]shard {file} of images is missing or damaged: writing it again[/]")
         for index in shards.missing:
             ids = shards.spec.ids(index)
             part = slice(ids.start, ids.stop)
-            shards.commit(write_shard(shards.folder, shards.spec, index, labels[part], images[part]))
+            shards.commit(write_shard(shards.folder, shards.spec, index, labels[part], images.images[part]))
 
     def _streams(self) -> bool:
         return self.recipe.needs_trajectories and self.trajectories.spec.bytes > self.recipe.train.resident_bytes

@@ -107,7 +107,8 @@ PANELS = (
         lines={"probe/fid": ""},
         log=True,
         lowest=True,
-        reading="Of a small sample at fixed noises, against the training images; lower is better, the best is ringed."
+        reading="Of a small sample at fixed noises, against the training images or those of data.validation; lower is"
+        " better, the best is ringed."
         " Healthy: it falls, then stays. Rising for good after the best: collapse, or a learning rate too high.",
     ),
     Panel(

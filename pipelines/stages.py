@@ -276,6 +276,10 @@ class StageJob:
     """What determines the result; a checkpoint from other inputs is refused."""
     features: str = ""
     """Feature net of the probes, where there are any."""
+    validation: ShardSet | None = None
+    """What these score against, as pixels, where it is not ``images``."""
+    judged_by: ShardSet | None = None
+    """The same as features of that net."""
     perceptual: str = ""
     """Net of the perceptual distance, where there is one."""
     start_knows_steps: bool = False

@@ -50,6 +50,12 @@ def tune(name: str, recipe: Recipe, folder: Path, console: Console, **asked: Any
     )
     title = Path(name).stem
     console.print(f"[bold]{title}[/] over {recipe.name}, stage {space.stage}, in {folder}", highlight=False)
+    if work.is_flattered:
+        console.print(
+            f"[yellow]stage {space.stage} learns from the images that its trials are scored on, which flatters those"
+            " that know them best: keep some for the scores alone (--set data.validation=0.25)[/]",
+            highlight=False,
+        )
     report = Sweep(work, title, config, console).execute()
     print_sweep(report, console, folder)
     return report

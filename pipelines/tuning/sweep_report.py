@@ -44,6 +44,8 @@ class SweepReport:
     stages: list[str]
     """The recipe's."""
     metric: str
+    scored_on: str
+    """The real images behind the scores."""
     trials: list[Trial]
     """Baselines and draws, the best score first."""
     finalists: list[Finalist]
@@ -72,6 +74,7 @@ class SweepReport:
             recipe=work.recipe.name,
             stages=list(work.recipe.stages),
             metric=work.metric,
+            scored_on=work.scored_on,
             trials=sorted(drawn, key=lambda one: rank(one.score, work.mode)),
             finalists=finalists,
             importances=importances(work, drawn),

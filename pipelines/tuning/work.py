@@ -41,6 +41,16 @@ class Work:
             raise ValueError(f"rungs must be at least 1 and samples 2; given {self.rungs} and {self.num_samples}")
 
     @property
+    def scored_on(self) -> str:
+        """The real images behind the scores."""
+        return "images that are kept from training" if self.recipe.data.validation else "the training images"
+
+    @property
+    def is_flattered(self) -> bool:
+        """Whether the searched stage learns from the very images that it is scored on."""
+        return "images" in self.recipe.stages[self.space.stage].objective.needs and not self.recipe.data.validation
+
+    @property
     def num_steps(self) -> int:
         """Iterations of a whole trial."""
         return self.recipe.stages[self.space.stage].num_steps

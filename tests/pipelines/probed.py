@@ -48,9 +48,9 @@ class Home:
         return replace(job, stage=changed, folder=str(self.folder / name), start_weights="")
 
 
-def make_home(folder: Path) -> Home:
+def make_home(folder: Path, recipe: str = RECIPE) -> Home:
     """Trajectories and images, without Ray."""
-    return Home(tiny.prepared_run(folder, RECIPE), folder)
+    return Home(tiny.prepared_run(folder, recipe), folder)
 
 
 def trained(job: StageJob) -> StageJob:

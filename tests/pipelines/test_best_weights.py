@@ -140,7 +140,7 @@ class TestBest:
         recipe = recipes.load(str(home.folder / "small.yaml"), settings)
         run = tiny.open_run(recipe, tmp_path)
         tiny.make_trajectories(recipe, tmp_path)
-        run._write_images()
+        run.write_images()
         first = trained(run.job("sketch"))
         assert not _same(first.weights, first.other_weights)
         state, _ = build(run.job("refine"), run.teacher)

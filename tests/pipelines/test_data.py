@@ -1,5 +1,6 @@
 """Real images: exact conversions, the split that keeps the reference apart, and every way a set can be wrong."""
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Callable
@@ -96,22 +97,39 @@ def test_digits_in_another_size_and_in_colour() -> None:
     assert np.array_equal(splits.train.images[..., 0], splits.train.images[..., 2])
 
 
-@given(total=st.integers(2, 60), held_out=st.integers(1, 59), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
-def test_split_is_a_partition(tmp_path_factory: pytest.TempPathFactory, total: int, held_out: int, seed: int) -> None:
+@given(
+    total=st.integers(2, 60),
+    held_out=st.integers(1, 59),
+    validation=st.sampled_from([0, 1, 7, 0.3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_split_is_a_partition(
+    tmp_path_factory: pytest.TempPathFactory, total: int, held_out: int, validation: int | float, seed: int
+) -> None:
     path = tmp_path_factory.mktemp("npz") / "images.npz"
     numbered = np.arange(total, dtype=np.uint8)
     np.savez(path, x=np.broadcast_to(numbered[:, None, None], (total, 2, 3)), y=numbered % 7)
-    config = DataConfig(kind="npz", path=str(path), held_out=held_out, split_seed=seed)
-    if held_out >= total:
-        with pytest.raises(ValueError, match=f"held_out {held_out} of {total} images"):
+    config = DataConfig(kind="npz", path=str(path), held_out=held_out, validation=validation, split_seed=seed)
+    kept = validation if isinstance(validation, int) else round(validation * (total - held_out))
+    faults = {f"held_out {held_out} of {total} images": held_out >= total}
+    faults[f"validation {validation} of {total - held_out} images"] = bool(validation) and (
+        not 0 < kept < total - held_out
+    )
+    if fault := next((text for text, is_there in faults.items() if is_there), None):
+        with pytest.raises(ValueError, match=fault):
             load_images(config)
         return
     splits = load_images(config)
-    assert len(splits.reference) == held_out
-    assert sorted(fills(splits.train) + fills(splits.reference)) == numbered.tolist()
-    for part in (splits.train, splits.reference):
+    assert len(splits.reference) == held_out and (splits.validation is None) == (validation == 0)
+    parts = [part for part in (splits.train, splits.reference, splits.validation) if part is not None]
+    assert sorted(fill for part in parts for fill in fills(part)) == numbered.tolist()
+    for part in parts:
         assert part.labels.tolist() == [fill % 7 for fill in fills(part)]
+    if splits.validation is not None:
+        assert len(splits.validation) == kept
+        whole = load_images(dataclasses.replace(config, validation=0))
+        assert fills(whole.reference) == fills(splits.reference) and whole.fingerprint != splits.fingerprint
 
 
 @pytest.mark.parametrize("keys", [("x", "y"), ("images", "labels"), ("x_train", "y_train")])
@@ -407,6 +425,8 @@ def test_sets_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"held_out": 0}, "held_out must be"),
         ({"held_out": 1.0}, "share between 0 and 1"),
         ({"held_out": float("nan")}, "share between 0 and 1"),
+        ({"validation": -1}, "validation must be 0, a number of images or a share between 0 and 1; given -1"),
+        ({"validation": 1.0}, "validation must be 0, a number of images or a share between 0 and 1; given 1.0"),
         ({"split_seed": -1}, "split_seed"),
         ({"kind": "parquet"}, "parquet needs a path"),
         ({"image_column": ""}, "image_column must name the column"),

@@ -208,7 +208,7 @@ def recipe_in(folder: Path, *settings: str) -> Recipe:
 
 def job_in(folder: Path, *settings: str) -> StageJob:
     run = tiny.open_run(recipe_in(folder, *settings), folder / "run")
-    run._write_images()
+    run.write_images()
     return run.job("refine")
 
 

@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = recipe_in(folder)
     tiny.make_trajectories(recipe, folder / "run")
     run = tiny.open_run(recipe, folder / "run")
-    run._write_images()
+    run.write_images()
     return run
 
 
@@ -213,6 +213,8 @@ class TestLowRank:
         job = run.job("low_rank")
         probe = replace(job.stage.probe, every=2, num_samples=10, fake_score_moves=2)
         job = replace(job, stage=replace(job.stage, probe=probe), images=run.images, features="digits")
+        run.make_judged_by()
+        job = replace(job, judged_by=run.judged_by)
         trained(job := replace(job, folder=str(tmp_path)))
         assert job.weights.read_bytes() == follower.job.weights.read_bytes()
 

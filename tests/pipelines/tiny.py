@@ -86,7 +86,7 @@ def prepared_run(folder: Path, text: str) -> Run:
     recipe = recipes.load(str(folder / "small.yaml"))
     make_trajectories(recipe, folder / "run")
     run = open_run(recipe, folder / "run")
-    run._write_images()
+    run.write_images()
     return run
 
 
