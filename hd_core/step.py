@@ -50,6 +50,11 @@ class OptimizerConfig:
         late = self.decay == "halfway" and progress >= 0.5
         return self.learning_rate * warm * (0.1 if late else 1.0)
 
+    def settings(self, move: int, progress: float) -> dict[str, object]:
+        """What AdamW goes by at a player's move: its configuration may change between two moves."""
+        rate = self.rate(move, progress)
+        return {"lr": rate, "betas": self.betas, "weight_decay": self.weight_decay}
+
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         """AdamW over some parameters."""
         return torch.optim.AdamW(parameters, self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=True)
@@ -191,7 +196,7 @@ def _move(
     synchronise(gradients)
     logged[f"gradient_norm/{turns[0].player}"] = _clip(gradients, player.config.max_grad_norm)
     for group in player.optimizer.param_groups:
-        group["lr"] = player.config.rate(player.moves, progress)
+        group |= player.config.settings(player.moves, progress)
     player.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
     player.moves += 1
     logged |= {name: torch.stack([values[name] for values in seen]).sum(0) for name in seen[0]}

@@ -23,6 +23,11 @@ def calls_per_row(stage: StageConfig, scale: float = 1.0) -> int:
     return _calls_of_dmd(objective, branches(scale), stage.fake_score.kind == "lora")
 
 
+def calls_of_training(stage: StageConfig, scale: float = 1.0) -> int:
+    """Passes over a row of the batch, of all iterations together."""
+    return sum(steps * calls_per_row(as_what, scale) for steps, as_what in stage.spans())
+
+
 def _calls_of_dmd(objective: DMD, teacher: int, low_rank: bool) -> int:
     sampling, adversarial = objective.intervals - objective.afs, objective.adversarial
     judged = 2 + bool(adversarial.r1_weight) if adversarial.weight else 0

@@ -19,7 +19,7 @@ from hd_core.guidance import branches
 from hd_core.objectives.turns import first_step_is_analytical
 from hd_core.solvers import SOLVERS
 from pipelines.architectures import Architecture, architecture
-from pipelines.calls import calls_per_row
+from pipelines.calls import calls_of_training
 from pipelines.memory import Estimate, interval_embedding, memory, parameters
 from pipelines.recipe import Recipe
 from pipelines.stages import measured_steps, sampling_grid
@@ -118,7 +118,7 @@ def multiply_adds(recipe: Recipe, arithmetic: Arithmetic) -> dict[str, tuple[int
     for name, stage in recipe.stages.items():
         found[name] = (
             stage.num_steps * stage.batch_size,
-            calls_per_row(stage, stage.guided(recipe.teacher)) * arithmetic.student_macs,
+            round(calls_of_training(stage, stage.guided(recipe.teacher)) / stage.num_steps) * arithmetic.student_macs,
         )
     return {**found, "evaluate": (recipe.evaluate.num_samples, _sample_of_all(recipe, arithmetic))}
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hd_core.guidance import branches
 from pipelines.artifacts import RunDir
-from pipelines.calls import calls_per_row
+from pipelines.calls import calls_of_training
 from pipelines.cast import new_student
 from pipelines.flops import print_costs
 from pipelines.hub import is_fetched, is_hub_name
@@ -86,7 +86,7 @@ def _stage(job: Run, name: str) -> Item:
     return Item(
         phase=name,
         reused="all" if done else "-",
-        calls=0 if done else stage.num_steps * stage.batch_size * calls_per_row(stage, job.job(name).guidance_scale),
+        calls=0 if done else stage.batch_size * calls_of_training(stage, job.job(name).guidance_scale),
         bytes=4 * _student_parameters(job.teacher, knows_steps=job.recipe.knows_steps(name)),
         what=f"{stage.objective.name} from {stage.start}, {stage.num_steps} steps of {stage.batch_size}",
     )

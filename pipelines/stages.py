@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from hd_core.random import fold_in
 from hd_core.step import OptimizerConfig
 from hd_core.types import Grid
 from pipelines.artifacts import ensure_same, file_hash, read_json
+from pipelines.later import changed
 from pipelines.shards import ShardSet
 from pipelines.stability import StopConfig
 from pipelines.storage import located
@@ -130,6 +132,9 @@ class StageConfig:
     """Iterations between points of the training curve."""
     checkpoint_every: int = 200
     """Iterations between checkpoints: what a kill can cost."""
+    later: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Numbers of objective, optimizers and ema_decay that change on the way, by the iteration from which they hold:
+    ``{250: {objective.adversarial.weight: 0.3}}``."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every"):
@@ -151,6 +156,30 @@ class StageConfig:
                 "perceptual names the net of objective.perceptual_weight: set both or neither; given"
                 f" {self.perceptual!r} and {weight}"
             )
+        self._check_later()
+
+    def _check_later(self) -> None:
+        """What changes on the way must leave the same players, data and steps."""
+        for step in self.later:
+            if not 0 < step < self.num_steps:
+                raise ValueError(f"later: iterations lie between 0 and num_steps ({self.num_steps}); given {step}")
+            for what in ("players", "needs"):
+                if getattr(self.at(step).objective, what) != getattr(self.objective, what):
+                    raise ValueError(f"later: from {step} on the objective would have other {what}")
+            if self.at(step).objective.sampling_grid().tolist() != self.objective.sampling_grid().tolist():
+                raise ValueError(f"later: from {step} on the objective would have other steps")
+
+    def at(self, step: int) -> "StageConfig":
+        """The stage as it trains at an iteration: with all that has changed by then, and nothing to change later."""
+        found = replace(self, later={})
+        for since in sorted(self.later):
+            found = changed(found, self.later[since]) if since <= step else found
+        return found
+
+    def spans(self) -> list[tuple[int, "StageConfig"]]:
+        """How many iterations it trains as what, in order."""
+        ends = [0, *sorted(self.later), self.num_steps]
+        return [(end - start, self.at(start)) for start, end in pairwise(ends)]
 
     @property
     def step_counts(self) -> tuple[int, ...]:

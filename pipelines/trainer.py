@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +88,10 @@ class StageTrainer:
         self.probe = Probe(job, self.teacher, self.cast) if probes and not job.scored_beside else None
         self.best = BestWeights(job) if probes else None
         self.leaving: tuple[str, ...] = ()
-        self.waited, self.bytes_left = 0.0, 0
-        """Seconds that this worker has waited for batches, and bytes of the weights that it left at the end."""
+        self.waited, self.calls, self.bytes_left = 0.0, 0, 0
+        """Seconds that this worker has waited for batches, its network calls, and bytes of the weights that it left."""
+        self.now = job.stage
+        """The stage with what has changed by this iteration."""
 
     def restore(self) -> None:
         """Go to the last whole checkpoint, if there is one.
@@ -108,6 +110,7 @@ class StageTrainer:
         for point in curve.kept if curve else []:
             self.rule.see(point)
         before, started = curve.seconds if curve else 0.0, time.perf_counter()
+        self._follow(self.state.step)
         self.watch.progress(self.state.step)
         self._bill()
         self._report_unscored()
@@ -120,13 +123,12 @@ class StageTrainer:
 
     def _bill(self) -> None:
         """Keep what this worker has spent in its life."""
-        rows = (self.rows.stop - self.rows.start) * (self.state.step - self.feed.first_step)
         keep_worker_costs(
             located(self.job.folder),
             self.group.rank,
             worker_seconds=time.perf_counter() - self.born,
             waiting_seconds=self.waited,
-            network_calls=float(rows * calls_per_row(self.job.stage, self.job.guidance_scale)),
+            network_calls=float(self.calls),
             bytes_read=float(self.feed.bytes_read),
             bytes_written=float(self.saver.bytes_written + self.bytes_left),
         )
@@ -142,10 +144,12 @@ class StageTrainer:
 
     def _iterate(self, batch: Batch, curve: "Curve | None", seconds: Callable[[], float]) -> None:
         stage, step = self.job.stage, self.state.step
+        if step in stage.later:
+            self._follow(step)
         draws = Draws(seed=step_seed(self.job, step), rows=self.rows, total=stage.batch_size, device=self.device)
         logged = train_step(
             self.state,
-            stage.objective,
+            self.now.objective,
             self.cast,
             batch,
             draws,
@@ -155,6 +159,7 @@ class StageTrainer:
             passes=self.passes,
         )
         self.recent.add(logged)
+        self.calls += (self.rows.stop - self.rows.start) * calls_per_row(self.now, self.job.guidance_scale)
         done, last = self.state.step, self.state.step == stage.num_steps
         checkpoint = done % stage.checkpoint_every == 0 and not last
         probed = stage.probe.every > 0 and (done % stage.probe.every == 0 or last)
@@ -164,6 +169,13 @@ class StageTrainer:
         if checkpoint or (last and self.job.scored_beside):  # what waits for scores can be killed, too
             self._save(curve)
         self.watch.progress(done)
+
+    def _follow(self, step: int) -> None:
+        """Go on as the stage is from an iteration on."""
+        self.now = self.job.stage.at(step)
+        self.state.ema_decay = self.now.ema_decay
+        for name, player in self.state.players.items():
+            player.config = getattr(self.now.optimizers, name)
 
     def _is_warned(self) -> bool:
         """Whether the cloud has said since the last call that it takes a machine of the group back."""
@@ -302,7 +314,8 @@ class StageTrainer:
     def _save_looks(self) -> None:
         """What the discriminator says of some generated and real images at the end."""
         if "discriminator" in self.state.players and isinstance(self.job.stage.objective, DMD):
-            save_looks(self.job, self.teacher, self.state, self.cast, write=self.group.leads)
+            job = replace(self.job, stage=self.now)
+            save_looks(job, self.teacher, self.state, self.cast, write=self.group.leads)
 
 
 class _Recent:

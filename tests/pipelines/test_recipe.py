@@ -116,6 +116,8 @@ def changes_of(key: str, value: Any) -> dict[str, Any] | None:
         return None  # stored trajectories have the teacher's own
     if last == "weighting":
         return {key: "matched" if "adversarial" in key else "plain"}
+    if last == "later":
+        return {key: {"7": {"ema_decay": 0.5}}}  # as a resolved recipe has it
     if last == "keep":
         return {key: "best", key.replace("keep", "every"): 10}
     if last == "step_counts":
