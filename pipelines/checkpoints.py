@@ -77,10 +77,15 @@ def snapshot(state: TrainState) -> Snapshot:
     return Snapshot(tensors=tensors, counters={"step": state.step, "moves": moves})
 
 
+def checkpoint_file(folder: Path, step: int) -> Path:
+    """Where the tensors of a step are; beside them a JSON file of the same name."""
+    return folder / f"step-{step:08d}.safetensors"
+
+
 def save_checkpoint(folder: Path, state: TrainState | Snapshot, inputs: Inputs, keep: int = 2) -> None:
     """Write the training state of a step, then drop all but the newest few."""
     taken = state if isinstance(state, Snapshot) else snapshot(state)
-    path = folder / f"step-{taken.counters['step']:08d}.safetensors"
+    path = checkpoint_file(folder, taken.counters["step"])
     sha256 = write_tensors(path, taken.tensors)
     write_json(path.with_suffix(".json"), {**taken.counters, "sha256": sha256, "inputs": dict(inputs)})
     for old in sorted(folder.glob("step-*.json"))[:-keep]:

@@ -223,8 +223,8 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
     show_default=True,
     help="What draws trials.",
 )
-@click.option("--scheduler", type=click.Choice(["none", "asha", "median"]), default="none", show_default=True,
-              help="What stops weak trials early.")  # fmt: skip
+@click.option("--scheduler", type=click.Choice(["none", "asha", "median", "pbt"]), default="none", show_default=True,
+              help="What stops weak trials early, or (pbt) puts copies of strong ones in their place.")  # fmt: skip
 @click.option(
     "--metric", default="probe/fid", show_default=True, help="What trials are scored by: also probe/diversity."
 )

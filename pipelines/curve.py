@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.artifacts import write_text
@@ -23,8 +23,13 @@ class Curve:
         self.seconds: float = kept[-1]["seconds"] if kept else 0.0
         self.kept = kept
         self._lines = [json.dumps(line) + "\n" for line in kept] if is_remote(path) else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.write(path, kept)
         self._written, self._waits = time.monotonic(), False
+
+    @staticmethod
+    def write(path: Path, lines: Sequence[Mapping[str, float]]) -> None:
+        """Write a whole curve."""
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @staticmethod
     def read(path: Path) -> list[dict[str, float]]:

@@ -47,6 +47,7 @@ def tune(name: str, recipe: Recipe, folder: Path, console: Console, **asked: Any
         rungs=asked["rungs"],
         num_samples=asked["samples"],
         cpus=search.cpus,
+        pauses=search.scheduler == "pbt",
     )
     title = Path(name).stem
     console.print(f"[bold]{title}[/] over {recipe.name}, stage {space.stage}, in {folder}", highlight=False)

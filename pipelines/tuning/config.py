@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Sampler = Literal["tpe", "cma_es", "random"]
-Scheduler = Literal["none", "asha", "median"]
+Scheduler = Literal["none", "asha", "median", "pbt"]
 SCORE, STEP = "score", "step"
 
 
@@ -30,6 +30,8 @@ class SearchConfig:
                 "trials and gpus must not be negative and cpus positive; given"
                 f" {self.num_trials}, {self.gpus:g} and {self.cpus:g}"
             )
+        if self.scheduler == "pbt" and self.sampler != "tpe":
+            raise ValueError(f"pbt draws and changes trials by itself: leave the sampler out; given {self.sampler}")
         if self.slots is not None and self.slots < 1:
             raise ValueError(
                 f"slots: at least one trial must run at a time; given {self.slots}. Leave it out for as many as fit"

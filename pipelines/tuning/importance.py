@@ -20,7 +20,7 @@ def study_of(work: Work, trials: Sequence[Trial]) -> Any:
     study = optuna.create_study(direction="minimize" if work.mode == "min" else "maximize")
     distributions = {name: distribution(one) for name, one in work.space.parameters.items()}
     for trial in trials:
-        if trial.state == "done" and set(trial.values) == set(distributions):
+        if trial.state == "done" and set(trial.values) == set(distributions) and not trial.parent:
             params = words(work, trial.values)
             study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.score))
     return study

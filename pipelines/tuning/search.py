@@ -67,12 +67,12 @@ class Rooms:
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
-def perform_all(work: Work, trials: Sequence[Trial], rooms: Rooms, done: Done) -> None:
-    """Perform trials that are known beforehand, each to its end."""
+def perform_all(work: Work, trials: Sequence[Trial], rooms: Rooms, done: Done, until: int | None = None) -> None:
+    """Perform trials that are known beforehand, each to its end or to its score at an iteration."""
     from ray import tune
 
     space = {"place": tune.grid_search(list(range(len(trials))))}
-    _fit(work, rooms, lambda config: trials[config["place"]], done, space, {})
+    _fit(work, rooms, lambda config: trials[config["place"]], done, space, {}, until)
 
 
 def search(work: Work, config: SearchConfig, known: Sequence[Trial], rooms: Rooms, done: Done) -> None:
@@ -81,11 +81,11 @@ def search(work: Work, config: SearchConfig, known: Sequence[Trial], rooms: Room
     The sampler knows what it has drawn and nothing else, so that it can be held against baselines and chance.
     """
     own = [trial for trial in known if trial.kind == "search"]
-    ended = [trial for trial in own if trial.state != "running"]
+    ended = [trial for trial in own if trial.is_over]
     if len(ended) >= config.num_trials:
         return
     asked = {
-        "search_alg": make_searcher(work, config, [trial for trial in own if trial.state == "running"], ended),
+        "search_alg": make_searcher(work, config, [trial for trial in own if not trial.is_over], ended),
         "scheduler": make_scheduler(work, config, ended),
         "num_samples": config.num_trials - len(ended),
     }
@@ -108,11 +108,12 @@ def _fit(
     done: Done,
     space: dict[str, Any],
     asked: dict[str, Any],
+    until: int | None = None,
 ) -> None:
     from ray import tune
 
     folder = work.sweep / f"{RAY_FOLDER}{uuid.uuid4().hex}"
-    trainable = tune.with_parameters(_trainable, work=work, trial_of=trial_of)
+    trainable = tune.with_parameters(_trainable, work=work, trial_of=trial_of, until=until)
     tuner = tune.Tuner(
         tune.with_resources(trainable, rooms.resources),
         param_space=space,
@@ -134,7 +135,9 @@ def _fit(
         remove_tree(folder)
 
 
-def _trainable(config: dict[str, Any], *, work: Work, trial_of: Callable[[Mapping[str, Any]], Trial]) -> None:
+def _trainable(
+    config: dict[str, Any], *, work: Work, trial_of: Callable[[Mapping[str, Any]], Trial], until: int | None
+) -> None:
     """A trial in a process of Ray's."""
     from pipelines.cluster import quiet
 
@@ -142,7 +145,7 @@ def _trainable(config: dict[str, Any], *, work: Work, trial_of: Callable[[Mappin
     prepare_process(work.cpus)
     gc.collect()  # what a trial left that was stopped in this process: its data, in cycles
     try:
-        perform(work, trial_of(config), _report)
+        perform(work, trial_of(config), _report, until)
     except Stopped:
         sys.exit(0)
 

@@ -27,12 +27,13 @@ from pipelines.storage import remove_tree
 from pipelines.tracked import summary_of
 from pipelines.tracking import NoopTracker, Tracker
 from pipelines.tuning.config import SearchConfig
+from pipelines.tuning.population import Population, settle
 from pipelines.tuning.results import Candidate, candidates, finalists
 from pipelines.tuning.search import RAY_FOLDER, Rooms, perform_all, search
 from pipelines.tuning.sweep_page import render_sweep
 from pipelines.tuning.sweep_report import SweepReport, costs_of
 from pipelines.tuning.times import Times
-from pipelines.tuning.trial import Trial, prepare, stored_trials
+from pipelines.tuning.trial import Trial, TrialFile, prepare, stored_trials
 from pipelines.tuning.work import Work, rank
 
 _ROWS = 128
@@ -62,6 +63,8 @@ class Sweep:
     def __init__(self, work: Work, name: str, config: SweepConfig, console: Console) -> None:
         """``name`` is the space's."""
         self.work, self.name, self.config, self.console = work, name, config, console
+        search = config.search
+        self.population = Population(work, search.num_trials, search.seed) if search.scheduler == "pbt" else None
         self.folder = work.sweep
         self.tracker: Tracker = NoopTracker()
         self._deaths: list[str] = []
@@ -95,7 +98,10 @@ class Sweep:
         ]
         self._perform("baselines", baselines)
         self._perform("random search", chance)
-        self._search()
+        if self.population:
+            self._evolve(self.population)
+        else:
+            self._search()
         finals = self._finals(baselines)
         trials = stored_trials(self.folder)
         costs = costs_of(self.work, self._times.seconds, trials, self.rooms.slots)
@@ -161,7 +167,7 @@ class Sweep:
 
     def _perform(self, title: str, trials: Sequence[Trial]) -> None:
         """Perform those that have not ended."""
-        ended = {trial.key for trial in stored_trials(self.folder) if trial.state != "running"}
+        ended = {trial.key for trial in stored_trials(self.folder) if trial.is_over}
         left = list({trial.key: trial for trial in reversed(trials) if trial.key not in ended}.values())[::-1]
         if not left:
             return
@@ -182,7 +188,33 @@ class Sweep:
             self.say(f"  the search draws what it has drawn before: it ends with {there} different trials of {wanted}")
 
     def _searched(self) -> list[Trial]:
-        return [one for one in stored_trials(self.folder) if one.kind == "search" and one.state != "running"]
+        return [one for one in stored_trials(self.folder) if one.kind == "search" and one.is_over]
+
+    def _evolve(self, population: Population) -> None:
+        """Train the population from rung to rung, copying the best over the worst between them."""
+        members = population.first()
+        for step in self.work.rung_steps:
+            members = self._trained(members, step)
+            if step == self.work.num_steps:
+                return
+            found = population.next(members, step)
+            kept = {one.key for one, model in found if model is None}
+            for one in members:
+                if one.key not in kept and not one.is_over:
+                    self._log(TrialFile(self.folder, one).write(state="stopped"))
+            members = [one if model is None else settle(self.work, one, model) for one, model in found]
+
+    def _trained(self, members: Sequence[Trial], step: int) -> list[Trial]:
+        """The members, each scored at a rung, or failed."""
+        there = [TrialFile(self.folder, one).trial for one in members]
+        short = {one.key: one for one in there if not one.is_over and not (one.points and one.points[-1][0] >= step)}
+        if short:
+            title = f"population, step {step}"
+            with bar(self.console, title, len(short)) as show, self._times:
+                watcher = self._watcher(title, len(short), show)
+                perform_all(self.work, list(short.values()), self.rooms, watcher, step)
+            self._raise_deaths()
+        return [TrialFile(self.folder, one).trial for one in members]
 
     def _finals(self, baselines: Sequence[Trial]) -> list[tuple[Candidate, list[Trial]]]:
         """The best and the baselines, each at fresh seeds."""
@@ -273,5 +305,5 @@ def _outcome(trial: Trial) -> str:
         return f"failed: {trial.mistake}"
     if trial.row:
         return f"FID {trial.row['fid']:.4g} at seed {trial.seed}, {trial.seconds:.0f} s"
-    how = "stopped early at" if trial.state == "stopped" else "score"
+    how = {"stopped": "stopped early at", "paused": "so far"}.get(trial.state, "score")
     return f"{how} {trial.score:.4g}, {trial.seconds:.0f} s" if trial.score is not None else trial.state

@@ -16,6 +16,7 @@ from pipelines.charts import style, to_png
 from pipelines.figures import LIGHT, Theme
 from pipelines.tuning.results import HAND_SET, Finalist, Interval
 from pipelines.tuning.trial import Trial
+from pipelines.tuning.work import Mode, rank
 from tune_spaces.space import Choice, Distribution, Uniform
 
 _KINDS = {"search": "o", "random": "^"}
@@ -49,6 +50,48 @@ def _draw_history(axes: Axes, trials: Sequence[Trial], mode: str, marker: str, c
     if early.any():
         axes.plot(places[early], np.array(scores)[early], label="stopped early", fillstyle="none", **known)
     axes.plot(places, list(accumulate(scores, min if mode == "min" else max)), color=colour, linewidth=1.8)
+
+
+def population_paths(trials: Sequence[Trial], metric: str, mode: Mode, *, theme: Theme = LIGHT) -> bytes:
+    """A PNG of the scores of a population from rung to rung; a copy's path leaves that of the trial which it copies.
+
+    The path of the one that ends best stands out, with those that it comes from.
+    """
+    known = {one.key: one for one in trials if one.kind == "search" and one.points}
+    ends = [one for one in known.values() if one.state == "done"]
+    line = _ancestors(min(ends, key=lambda one: rank(one.score, mode)), known) if ends else {}
+    with matplotlib.rc_context(style(theme)):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        axes = figure.add_subplot(xlabel="iteration", ylabel=metric)
+        for one in known.values():
+            until = line.get(one.key, -1.0)
+            _draw_path(axes, [point for point in one.points if point[0] >= one.since], theme.muted, 0.55)
+            _draw_path(axes, [point for point in one.points if one.since <= point[0] <= until], theme.students[0], 1.0)
+            if one.state == "stopped":
+                axes.plot(*one.points[-1], "x", color=theme.muted, markersize=6)
+            if one.parent:
+                axes.plot(one.since, next(score for at, score in one.points if at == one.since), "o", color=theme.ink)
+        axes.plot([], [], color=theme.students[0], label="the best, and what it comes from")
+        axes.plot([], [], "o", color=theme.ink, linestyle="none", label="copied, with other numbers")
+        axes.plot([], [], "x", color=theme.muted, linestyle="none", label="replaced")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=9)
+        return to_png(figure)
+
+
+def _ancestors(one: Trial, known: Mapping[str, Trial]) -> dict[str, float]:
+    """A trial and those that it comes from, by key, each with the iteration up to which it is part of that line."""
+    found, until = dict[str, float](), float("inf")
+    while True:
+        found[one.key], until = until, one.since
+        if one.parent not in known:
+            return found
+        one = known[one.parent]
+
+
+def _draw_path(axes: Axes, points: Sequence[Sequence[float]], colour: str, alpha: float) -> None:
+    if points:
+        axes.plot([at for at, _ in points], [score for _, score in points], color=colour, alpha=alpha, linewidth=1.6)
 
 
 def importance_bars(found: Mapping[str, float], *, theme: Theme = LIGHT) -> bytes:

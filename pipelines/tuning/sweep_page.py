@@ -26,7 +26,9 @@ def _pictures(report: SweepReport, work: Work) -> list[Picture]:
     found = []
     if report.finalists:
         found.append(Picture.drawn("finalists", "Finalists", sweep_charts.finalist_intervals, report.finalists))
-    if drawn:
+    if work.pauses:
+        found.append(Picture.drawn("population", "The population", sweep_charts.population_paths, *searched))
+    elif drawn:
         found.append(Picture.drawn("history", "How the search went", sweep_charts.history, *searched))
     if report.importances:
         found.append(Picture.drawn("importances", "What matters", sweep_charts.importance_bars, report.importances))

@@ -22,10 +22,12 @@ from pipelines.recipe import Recipe, override
 from pipelines.report import Row
 from pipelines.run import Run
 from pipelines.storage import remove_tree
+from pipelines.tuning.copies import take_over
 from pipelines.tuning.work import Work
 
 Kind = Literal["baseline", "search", "random", "final"]
-State = Literal["running", "done", "stopped", "failed"]
+State = Literal["running", "paused", "done", "stopped", "failed"]
+"""paused: it waits at a rung."""
 _ALONE = "own"
 """In a trial's directory: what comes before its stage, where no other trial shares that. Removed at its end."""
 _LOCK_SECONDS = 120.0
@@ -59,11 +61,20 @@ class Trial:
     """Why it failed."""
     row: dict[str, Any] | None = None
     """What a final one measured on held-out images."""
+    parent: str = ""
+    """The trial, by its key, that it is a copy of."""
+    since: int = 0
+    """The iteration from which it differs from that one."""
 
     @property
     def key(self) -> str:
         """Its directory's name: the same changes with the same seed are the same trial."""
         return fingerprint({"changes": self.changes, "seed": self.seed, "final": self.kind == "final"})[:12]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state in ("done", "stopped", "failed")
 
     @property
     def score(self) -> float | None:
@@ -81,14 +92,16 @@ class TrialFile:
 
     def __init__(self, sweep: Path, trial: Trial) -> None:
         self.folder = trial_folder(sweep, trial)
-        self.trial = stored(self.folder) or trial
+        there = stored(self.folder)
+        self.exists, self.trial = there is not None, there or trial
 
     def write(self, **changes: Any) -> Trial:
         """Change what is known of it."""
-        over = changes.get("state", "running") != "running"
-        self.trial = replace(self.trial, **changes, **({"ended": time.time()} if over else {}))
+        self.trial = replace(self.trial, **changes)
+        if "state" in changes and self.trial.is_over:
+            self.trial = replace(self.trial, ended=time.time())
         write_json(self.folder / "trial.json", asdict(self.trial))
-        if over:
+        if self.trial.is_over:
             remove_tree(self.folder / _ALONE)
         return self.trial
 
@@ -110,18 +123,23 @@ Report = Callable[[int, float], None]
 """Told of a step and its score; may raise to stop the trial."""
 
 
-def perform(work: Work, trial: Trial, report: Report) -> Trial:
-    """Train a trial to its end and score it, or go on with it; read it where that was done before.
+class Paused(Exception):
+    """A trial has come as far as it shall for now."""
 
-    The last point is reported once everything is written, so that who stops a trial there stops nothing.
+
+def perform(work: Work, trial: Trial, report: Report, until: int | None = None) -> Trial:
+    """Train a trial to its end, or to its score at an iteration, and go on with it where it was begun before.
+
+    One that is over is only read. The last point is reported once everything is written, so that who stops a trial
+    there stops nothing.
 
     Raises:
         OSError: the disk fails. A trial's own mistakes, a ValueError or a divergence, are kept in it and not raised.
     """
     folder = RunDir.create(trial_folder(work.sweep, trial)).path
     with awaited(folder, lambda _text: None, _LOCK_SECONDS):
-        attempt = _Attempt(work, TrialFile(work.sweep, trial), report)
-        if attempt.file.trial.state == "running":
+        attempt = _Attempt(work, TrialFile(work.sweep, trial), report, until)
+        if not attempt.file.trial.is_over:
             attempt.make()
             gc.collect()  # a run is in cycles and holds whole data sets; the process goes on to the next trial
         return attempt.tell_the_end()
@@ -130,8 +148,8 @@ def perform(work: Work, trial: Trial, report: Report) -> Trial:
 class _Attempt:
     """One life of a trial."""
 
-    def __init__(self, work: Work, file: TrialFile, report: Report) -> None:
-        self.work, self.file, self._report = work, file, report
+    def __init__(self, work: Work, file: TrialFile, report: Report, until: int | None) -> None:
+        self.work, self.file, self._report, self._until = work, file, report, until
         self._started, self._before = time.perf_counter(), file.trial.seconds
 
     def make(self) -> None:
@@ -141,13 +159,15 @@ class _Attempt:
         self.file.write(state="running", lives=self.file.trial.lives + 1)
         try:
             self.file.write(row=self._train(), state="done", seconds=self._seconds())
+        except Paused:
+            self.file.write(state="paused", seconds=self._seconds())
         except (ValueError, FloatingPointError) as error:
             self.file.write(state="failed", mistake=str(error), seconds=self._seconds())
 
     def tell_the_end(self) -> Trial:
-        """Report the last point: infinitely bad, where the trial failed."""
+        """Report the last point, once there is one: infinitely bad, where the trial failed."""
         trial = self.file.trial
-        if trial.kind != "final":
+        if trial.kind != "final" and trial.is_over:
             self._report(self.work.num_steps, self.work.worst if trial.score is None else trial.score)
         return trial
 
@@ -158,6 +178,8 @@ class _Attempt:
         shared = prepare(work, before, Console(quiet=True), shared_with(work, trial))
         folder = _TrialDir(self.file.folder, shared, work.space.stage, work.references)
         run = TrialRun(recipe, folder, self._note_all, work.metric)
+        if trial.parent:
+            take_over(self.file.folder, run.job(work.space.stage), trial.since)
         run.partial(lambda job: job.train(work.space.stage))
         self._note_all(run.points())
         if trial.kind == "final":
@@ -173,6 +195,8 @@ class _Attempt:
         for step, score in points[len(known) :]:
             self.file.write(points=[*self.file.trial.points, [step, score]], seconds=self._seconds())
             self._tell(int(step), score)
+            if self._until is not None and self._until <= step < self.work.num_steps:
+                raise Paused
 
     def _tell(self, step: int, score: float) -> None:
         if step < self.work.num_steps and self.file.trial.kind != "final":

@@ -33,6 +33,8 @@ class Work:
     """Samples behind a score; the same noises for every trial."""
     cpus: float = 1.0
     """CPUs of a trial, which set its threads."""
+    pauses: bool = False
+    """Whether trials leave a checkpoint at each of their scores."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -70,6 +72,11 @@ class Work:
         """Iterations between scores."""
         return -(-self.num_steps // self.rungs)
 
+    @property
+    def rung_steps(self) -> list[int]:
+        """Iterations after which trials are scored, the last one at the end."""
+        return [*range(self.every, self.num_steps, self.every), self.num_steps]
+
     def trial_recipe(self, changes: Mapping[str, Any], seed: int, *, final: bool) -> Recipe:
         """The sweep's recipe with a trial's changes, and with nothing after the searched stage.
 
@@ -83,6 +90,7 @@ class Work:
             "track.enabled": False,
             "evaluate.num_actors": 0,
             **{f"stages.{stage}.probe.{key}": value for key, value in probe.items()},
+            **({f"stages.{stage}.checkpoint_every": self.every} if self.pauses else {}),
         }
         return override(changed, fixed)
 

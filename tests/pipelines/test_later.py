@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hd_core.objectives.dmd import DMD
+from hd_core.objectives.meanflow import MeanFlow
 from pipelines.curve import Curve
 from pipelines.plan import plan
 from pipelines.recipe import Recipe, from_dict, load
@@ -115,6 +116,12 @@ def test_changes_add_up_in_order():
     assert seen == [(0.99, 2)] * 2 + [(0.5, 1)] * 3 + [(0.5, 3)] * 3
     assert [steps for steps, _ in stage.spans()] == [2, 3, 3]
     assert [one for _, one in stage.spans()] == [stage.at(0), stage.at(2), stage.at(5)]
+
+
+def test_numbers_that_are_checked_together_change_together():
+    objective = {"name": "meanflow", "equal_share": 0.1, "full_share": 0.8}
+    found = recipe_of({4: {"objective.equal_share": 0.7, "objective.full_share": 0.2}}, objective).at(4).objective
+    assert isinstance(found, MeanFlow) and (found.equal_share, found.full_share) == (0.7, 0.2)
 
 
 def recipe_of(later: Mapping[Any, Any], objective: Mapping[str, Any]) -> StageConfig:

@@ -1,0 +1,345 @@
+"""Population-based training: who is copied, what a copy is, and that an interrupted one goes on to the same end."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipelines.artifacts import read_json, write_json
+from pipelines.recipe import load
+from pipelines.tuning import sweep as sweeping
+from pipelines.tuning.config import SearchConfig
+from pipelines.tuning.importance import study_of
+from pipelines.tuning.population import Population, settle
+from pipelines.tuning.spaces import find_space
+from pipelines.tuning.sweep import Sweep, SweepConfig
+from pipelines.tuning.trial import Trial, TrialFile, perform, shared_with, stored_trials, trial_folder
+from pipelines.tuning.work import Work
+from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, write_recipe
+from tune_spaces.space import Choice, Integer, Space, Uniform
+
+RATE, MOVES, WIDTH = "optimizers.student.learning_rate", "objective.update_ratio", "discriminator.width"
+START = "stages.refine."
+LATER = "stages.refine.later"
+PARAMETERS = {
+    RATE: Uniform(low=1e-4, high=1e-2, log=True),
+    MOVES: Integer(low=1, high=4),
+    WIDTH: Choice(values=[16, 32]),
+}
+
+
+def space_of(**parameters: Any) -> Space:
+    return Space(
+        stage="refine",
+        parameters=parameters or PARAMETERS,
+        changes=lambda values: {START + key: value for key, value in values.items()},
+        baselines={"hand-set": {}},
+    )
+
+
+def work_of(folder: Path, *settings: str, **known: Any) -> Work:
+    folder.mkdir(exist_ok=True)
+    small = ("track.enabled=false", "precompute.num_actors=0", "stages.refine.num_steps=8")
+    recipe = tiny_recipe(folder, *small, *settings)
+    told: dict[str, Any] = {"space": space_of(), "num_samples": 50, "rungs": 4, "pauses": True, **known}
+    return Work(sweep=folder / "sweep", recipe=recipe, **told)
+
+
+def scored(work: Work, *scores: float | None, at: int = 2) -> list[Trial]:
+    """Trials of a population, of which those without a score have failed."""
+    drawn = Population(work, len(scores), 0).first()
+    return [
+        dataclasses.replace(
+            one, points=[] if score is None else [[at, score]], state="failed" if score is None else "paused"
+        )
+        for one, score in zip(drawn, scores, strict=True)
+    ]
+
+
+# Who is copied
+
+
+def test_the_worst_quarter_goes_on_as_copies_of_the_best(tmp_path: Path):
+    work = work_of(tmp_path)
+    members = scored(work, 5.0, 1.0, 9.0, 4.0, 3.0, 2.0, 8.0, 7.0)
+    found = Population(work, 8, 0).next(members, 2)
+    assert [model is None for _, model in found] == [True, True, False, True, True, True, False, True]
+    best = {members[1].key, members[5].key}
+    for copy, model in (found[2], found[6]):
+        assert (
+            model and copy.parent == model.key and model.key in best and copy.since == 2 and copy.points == model.points
+        )
+        assert copy.values[WIDTH] == model.values[WIDTH], "what is built cannot change"
+        moved = copy.changes[LATER]["2"]
+        assert moved and set(moved) <= {RATE, MOVES}
+        assert copy.changes == {**model.changes, LATER: {"2": moved}}
+        assert {**model.values, **moved} == copy.values
+    assert found == Population(work, 8, 0).next(members, 2) != Population(work, 8, 1).next(members, 2)
+
+
+def test_the_highest_score_is_the_best_where_that_is_meant(tmp_path: Path):
+    work = work_of(tmp_path, metric="probe/diversity")
+    found = Population(work, 4, 0).next(scored(work, 5.0, 1.0, 9.0, 4.0), 2)
+    assert [bool(model) for _, model in found] == [False, True, False, False]
+    assert found[1][1] and found[1][1].points == [[2, 9.0]]
+
+
+def test_one_that_failed_is_the_worst_and_is_never_copied(tmp_path: Path):
+    work = work_of(tmp_path)
+    found = Population(work, 4, 0).next(scored(work, 5.0, None, 9.0, 4.0), 2)
+    assert [bool(model) for _, model in found] == [False, True, False, False]
+    assert not any(model for _, model in Population(work, 2, 0).next(scored(work, None, None), 2))
+
+
+def test_a_copy_of_a_copy_keeps_both_changes(tmp_path: Path):
+    work = work_of(tmp_path)
+    population = Population(work, 2, 0)
+    members = scored(work, 1.0, 2.0)
+    (first, _), (copy, model) = population.next(members, 2)
+    assert model == first
+    members = [
+        dataclasses.replace(first, points=[[2, 1.0], [4, 2.0]]),
+        dataclasses.replace(copy, points=[[2, 1.0], [4, 0.5]]),
+    ]
+    (again, parent), _ = population.next(members, 4)
+    assert parent and parent.key == copy.key and list(again.changes[LATER]) == ["2", "4"]
+    assert again.points == [[2, 1.0], [4, 0.5]]
+    assert work.trial_recipe(again.changes, 3, final=True).stages["refine"].later.keys() == {2, 4}
+
+
+def test_numbers_move_within_their_ranges_by_steps_or_anywhere(tmp_path: Path):
+    parameters = {
+        **PARAMETERS,
+        "objective.tau_power": Uniform(low=0.5, high=1.5),
+        "ema_decay": Choice(values=[0.5, 0.9, 0.99]),
+    }
+    work = work_of(tmp_path, space=space_of(**parameters))
+    model = scored(work, 1.0, 2.0)[0]
+    values = {**model.values, RATE: 1e-3, MOVES: 2, "objective.tau_power": 1.45, "ema_decay": 0.9}
+    model = dataclasses.replace(model, values=values, changes=work.space.overrides(values))
+    seen: dict[str, set[Any]] = {name: set() for name in parameters}
+    for seed in range(200):
+        copy, _ = Population(work, 2, seed).next([model, dataclasses.replace(model, points=[[2, 9.0]])], 2)[1]
+        for name, value in copy.values.items():
+            seen[name].add(value)
+    assert seen[WIDTH] == {values[WIDTH]}
+    assert {1, 2, 3, 4} == seen[MOVES] and seen["ema_decay"] == {0.5, 0.9, 0.99}
+    near = [
+        rate for rate in seen[RATE] if rate == pytest.approx(1e-3 * 100**0.1) or rate == pytest.approx(1e-3 * 100**-0.1)
+    ]
+    assert len(near) == 2 and len(seen[RATE]) > 20 and all(1e-4 <= rate <= 1e-2 for rate in seen[RATE])
+    powers = seen["objective.tau_power"]
+    assert max(powers) == 1.5 and min(powers) >= 0.5 and any(power == pytest.approx(1.35) for power in powers)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("awd_weighting", ["weight", "time_mean", "r1_weight"]),
+        ("dmd_balance", ["student", "fake_score", "update_ratio"]),
+        ("meanflow_sampler", ["equal_share", "full_part", "times.t_mean", "times.t_std", "power"]),
+    ],
+)
+def test_numbers_that_may_change_while_a_stage_trains(tmp_path: Path, name: str, numbers: list[str]):
+    recipe = load("digits", ["stages.sketch.objective={name: meanflow}"])
+    work = Work(sweep=tmp_path, recipe=recipe, space=find_space(name, recipe, ""))
+    assert Population(work, 4, 0).numbers == numbers
+
+
+# What a copy is
+
+
+def test_a_copy_has_the_weights_that_its_recipe_gives_from_the_start(tmp_path: Path):
+    work, other = work_of(tmp_path), work_of(tmp_path / "other")
+    members = [perform(work, one, lambda *_: None, 4) for one in Population(work, 2, 0).first()]
+    assert [(one.state, len(one.points)) for one in members] == [("paused", 2)] * 2
+    pairs = Population(work, 2, 0).next(members, 4)
+    ((copy, model),) = [(one, model) for one, model in pairs if model]
+    assert settle(work, copy, model).state == "paused" and not copy.is_over
+    handed = list((trial_folder(work.sweep, copy) / "taken-over").iterdir())
+    assert {file.suffix for file in handed} == {".json", ".jsonl", ".safetensors"}
+    here = perform(work, copy, lambda *_: None)
+    assert here.state == "done" and len(here.points) == 4 and not handed[0].parent.exists()
+    alone = dataclasses.replace(copy, points=[], parent="", since=0)
+    there = perform(other, alone, lambda *_: None)
+    assert there.points == here.points
+    hashes = [read_json(trial_folder(one.sweep, copy) / "stages/refine/stage.json")["sha256"] for one in (work, other)]
+    assert hashes[0] == hashes[1]
+    curves = [(trial_folder(one.sweep, copy) / "stages/refine/metrics.jsonl").read_text() for one in (work, other)]
+    timeless = [[{**json.loads(line), "seconds": 0} for line in curve.splitlines()] for curve in curves]
+    assert timeless[0] == timeless[1]
+
+
+def copied(folder: Path) -> tuple[Work, Trial, Trial]:
+    work = work_of(folder)
+    members = [perform(work, one, lambda *_: None, 4) for one in Population(work, 2, 0).first()]
+    ((copy, model),) = [(one, model) for one, model in Population(work, 2, 0).next(members, 4) if model]
+    return work, copy, model
+
+
+def test_a_checkpoint_that_is_gone_or_damaged_costs_time_alone(tmp_path: Path):
+    work, copy, model = copied(tmp_path)
+    for file in (trial_folder(work.sweep, model) / "stages/refine/checkpoints").iterdir():
+        file.unlink()
+    settle(work, copy, model)
+    assert not (trial_folder(work.sweep, copy) / "taken-over").exists()
+    trial = perform(work, copy, lambda *_: None)
+    assert trial.state == "done" and trial.points[:2] == copy.points
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path):
+    work, copy, model = copied(tmp_path)
+    settle(work, copy, model)
+    (about,) = (trial_folder(work.sweep, copy) / "taken-over").glob("*.json")
+    known = read_json(about)
+    write_json(about, {**known, "inputs": {**known["inputs"], "batch_size": 999}})
+    trial = perform(work, copy, lambda *_: None)
+    assert trial.state == "failed" and "batch_size: 999 there" in trial.mistake
+
+
+def test_a_loser_is_stopped_and_a_copy_says_nothing_of_importance(tmp_path: Path):
+    work = work_of(tmp_path)
+    members = [dataclasses.replace(one, state="done") for one in scored(work, 1.0, 2.0)]
+    copy = Population(work, 2, 0).next(members, 2)[1][0]
+    assert len(study_of(work, [*members, dataclasses.replace(copy, state="done")]).trials) == 2
+
+
+# Whole searches
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int]]:
+    """Trials are performed here, one after the other; what was asked for is kept."""
+    asked: list[tuple[int | None, int]] = []
+
+    def perform_all(work: Work, trials: list[Trial], _rooms: object, done: Any, until: int | None = None) -> None:
+        asked.append((until, len(trials)))
+        for trial in trials:
+            done(perform(work, trial, lambda *_: None, until))
+
+    monkeypatch.setattr(sweeping, "perform_all", perform_all)
+    monkeypatch.setattr(sweeping, "Rooms", lambda *_: type("Rooms", (), {"slots": 1})())
+    return asked
+
+
+def sweep_of(work: Work, trials: int = 4) -> Sweep:
+    search = SearchConfig(scheduler="pbt", num_trials=trials, seed=3)
+    return Sweep(work, "own", SweepConfig(search=search, num_finalists=1, num_seeds=1), Console(quiet=True))
+
+
+def told(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is known of the trials, without what is timed."""
+    timed = dict.fromkeys(("seconds", "ended", "lives"), 0)
+    trials = [dataclasses.asdict(dataclasses.replace(one, **timed)) for one in stored_trials(folder)]
+    for trial in trials:
+        for key in ("images_per_second", "train_seconds") if trial["row"] else ():
+            trial["row"][key] = 0
+    return {str(number): trial for number, trial in enumerate(trials)}
+
+
+def test_a_search_goes_from_rung_to_rung(tmp_path: Path, inline: list[tuple[int | None, int]]):
+    work = work_of(tmp_path)
+    report = sweep_of(work).execute()
+    assert [one for one in inline if one[0]] == [(2, 4), (4, 4), (6, 4), (8, 4)]
+    searched = [one for one in stored_trials(work.sweep) if one.kind == "search"]
+    assert {state: sum(one.state == state for one in searched) for state in ("done", "stopped")} == {
+        "done": 4,
+        "stopped": 3,
+    }
+    assert sum(bool(one.parent) for one in searched) == 3
+    by_key = {one.key: one for one in searched}
+    for one in (one for one in searched if one.parent):
+        assert one.points[0] == by_key[one.parent].points[0] and one.since in (2, 4, 6)
+    winner = load(str(work.sweep / "winner.yaml"))
+    assert report.winner.changes == {} or winner.stages["refine"] != work.recipe.stages["refine"]
+    assert "population" in {path.stem for path in (work.sweep / "figures").iterdir()}
+
+
+@pytest.mark.parametrize("after", [2, 5, 9, 13])
+def test_an_interrupted_search_goes_on_to_the_same_end(
+    tmp_path: Path, inline: object, after: int, monkeypatch: pytest.MonkeyPatch
+):
+    whole = work_of(tmp_path / "whole")
+    sweep_of(whole).execute()
+    work, performed = work_of(tmp_path / "killed"), 0
+    own = sweeping.perform_all
+
+    def dies(work: Work, trials: list[Trial], rooms: object, done: Any, until: int | None = None) -> None:
+        def count(trial: Trial) -> None:
+            nonlocal performed
+            performed += 1
+            done(trial)
+            if performed == after:
+                raise KeyboardInterrupt
+
+        own(work, trials, rooms, count, until)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sweeping, "perform_all", dies)
+        sweep_of(work).execute()
+    assert told(work.sweep) != told(whole.sweep)
+    sweep_of(work).execute()
+    assert told(work.sweep) == told(whole.sweep)
+    before = {one.key: one.lives for one in stored_trials(work.sweep)}
+    sweep_of(work).execute()
+    assert {one.key: one.lives for one in stored_trials(work.sweep)} == before, "all is only read"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_population_on_ray(tmp_path: Path):
+    recipe, folder = write_recipe(tmp_path), tmp_path / "sweep"
+    command = (
+        "tune",
+        "dmd_balance",
+        recipe,
+        "--run-dir",
+        folder,
+        *UNTRACKED,
+        "--samples",
+        50,
+        "--seeds",
+        1,
+        "--slots",
+        2,
+    )
+    result = hdistill(*command, "--scheduler", "pbt", "--trials", 2, "--rungs", 2, "--finalists", 1)
+    assert result.exit_code == 0, result.output
+    trials = [one for one in stored_trials(folder) if one.kind == "search"]
+    assert sorted(one.state for one in trials) == ["done", "done", "stopped"]
+    (copy,) = [one for one in trials if one.parent]
+    assert copy.lives == 1 and copy.since == 2 and "population, step 2 2/2" in result.output
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dmd_balance", "--trials", 1), "pbt needs at least 2 trials side by side in training; given 1"),
+        (("dmd_balance", "--rungs", 1), "it needs at least 2 rungs; given 1"),
+        (("dmd_balance", "--sampler", "cma_es"), "leave the sampler out; given cma_es"),
+        (("dmd_balance", "--set", "train.num_workers=2"), "set train.num_workers to 0 (over Ray Train's workers"),
+        (("dmd_balance", "--set", "stages.refine.later={1: {ema_decay: 0.5}}"), "and so does its later: take one"),
+        (("sfd_schedule",), "none of gap_0, gap_1, gap_2, tail, afs, teacher_steps, teacher_solver may change then"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    tmp_path: Path, without_ray: None, arguments: tuple[Any, ...], message: str
+):
+    space, *rest = arguments
+    result = hdistill(
+        "tune", space, write_recipe(tmp_path), "--run-dir", tmp_path / "x", *UNTRACKED, "--scheduler", "pbt", *rest
+    )
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_shared_folder_serves_copies_too(tmp_path: Path):
+    work, copy, model = copied(tmp_path)
+    assert shared_with(work, copy) == shared_with(work, model)
+    assert TrialFile(work.sweep, copy).exists is False
