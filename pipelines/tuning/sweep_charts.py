@@ -91,7 +91,14 @@ def _ancestors(one: Trial, known: Mapping[str, Trial]) -> dict[str, float]:
 
 def _draw_path(axes: Axes, points: Sequence[Sequence[float]], colour: str, alpha: float) -> None:
     if points:
-        axes.plot([at for at, _ in points], [score for _, score in points], color=colour, alpha=alpha, linewidth=1.6)
+        axes.plot(
+            [at for at, _ in points],
+            [score for _, score in points],
+            color=colour,
+            alpha=alpha,
+            linewidth=1.6,
+            zorder=2 + alpha,
+        )
 
 
 def importance_bars(found: Mapping[str, float], *, theme: Theme = LIGHT) -> bytes:

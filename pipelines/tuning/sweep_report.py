@@ -99,12 +99,12 @@ class SweepReport:
     def lineage(self, folder: Path, winner: Recipe) -> str:
         """The comment that opens the winner's recipe."""
         left_out = [name for name in self.stages if name not in winner.stages]
+        changed = [f"  {key}: {value}" for key, value in self.winner.changes.items()]
         lines = [
             f"Found by `hdistill tune {self.space} {self.recipe}` in {folder.name}: {self.winner.name}, trial"
             f" {self.winner.trial}.",
             *self.verdict(),
-            "Changed from the recipe:",
-            *(f"  {key}: {value}" for key, value in self.winner.changes.items()),
+            *(["Changed from the recipe:", *changed] if changed else ["Nothing is changed from the recipe."]),
             *([f"Left out, since they need other trajectories: {', '.join(left_out)}."] if left_out else []),
         ]
         return "".join(f"# {line}\n" for line in lines) + "\n"
