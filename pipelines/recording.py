@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipelines.artifacts import RunDir, read_json, write_json
+from pipelines.process import commit
 from pipelines.recipe import Recipe
 from pipelines.storage import local_stand_in
 from pipelines.tracking import Tracker, open_tracker
@@ -21,10 +22,15 @@ def tracker_of(recipe: Recipe, run_dir: RunDir, tags: Mapping[str, object]) -> T
         run_dir=run_dir.path,
         default_store=default_store(run_dir),
         resume_run_id=state.get("run_id"),
-        tags={**tags, "fingerprint": recipe.fingerprint, "hdistill": version("hdistill")},
+        tags={**tags, "fingerprint": recipe.fingerprint, "hdistill": version("hdistill"), **_commit()},
     )
     write_json(run_dir.state, {**state, "run_id": tracker.run_id})
     return tracker
+
+
+def _commit() -> dict[str, str]:
+    """The commit of the code, where it is known; MLflow shows the second as the run's version."""
+    return {"commit": commit(), "mlflow.source.git.commit": commit().rstrip("+")} if commit() else {}
 
 
 @contextmanager

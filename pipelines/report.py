@@ -149,6 +149,20 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """An artifact, and what it was made from."""
+
+    name: str
+    """teacher, real images, trajectories, latents, prompts, or a stage."""
+    made_from: list[str] = field(default_factory=list)
+    """Names of others."""
+    sha256: str
+    """Of its contents: of weights, of pixels, of the hashes of a set's files."""
+    detail: str
+    """What it is, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did and what was lost."""
 
@@ -173,6 +187,8 @@ class Report:
     """Versions, processor count and the like."""
     created: str
     """ISO 8601 time with offset."""
+    lineage: list[Origin] = field(default_factory=list)
+    """What the results come from, each after what it was made from."""
 
 
 # report.json
@@ -244,7 +260,10 @@ def _parse(record: Any) -> Report:
         _check_value(values["reference"], key, kind, "reference.")
     rows = [Row(**_checked(row, Row, f"rows[{place}].")) for place, row in enumerate(values.pop("rows"))]
     phases = [Phase(**_checked(phase, Phase, f"phases[{place}].")) for place, phase in enumerate(values.pop("phases"))]
-    return Report(**values, rows=rows, phases=phases)
+    origins = [
+        Origin(**_checked(one, Origin, f"lineage[{place}].")) for place, one in enumerate(values.pop("lineage", []))
+    ]
+    return Report(**values, rows=rows, phases=phases, lineage=origins)
 
 
 def _checked(record: Any, cls: type, where: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipelines.cluster import is_running, stop_ray
 from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
 from pipelines.data import ImageSet
 from pipelines.evaluate import Evaluator, Generator
+from pipelines.lineage import lineage_of
 from pipelines.measures import caution
 from pipelines.peer_pictures import measure_pictures
 from pipelines.peers import PICTURES
@@ -320,6 +321,7 @@ class Run(Assembly):
             reference=reference,
             environment=environment(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            lineage=lineage_of(self),
         )
         write_report(report, self.dir.path)
         return report

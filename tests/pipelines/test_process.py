@@ -1,7 +1,9 @@
 """Threads and devices of a process."""
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,3 +65,15 @@ def test_a_libc_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch):
 def test_the_accelerator_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool, name: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert default_device() == name
+
+
+def test_the_commit_is_that_of_the_repository(monkeypatch: pytest.MonkeyPatch):
+    root = Path(process.__file__).parents[1]
+    asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    wanted = asked.stdout.strip() if (root / ".git").exists() else ""
+    process.commit.cache_clear()
+    assert process.commit().rstrip("+") == wanted
+    monkeypatch.setenv("PATH", "/none")
+    process.commit.cache_clear()
+    assert process.commit() == ""
+    process.commit.cache_clear()

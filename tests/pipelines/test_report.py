@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipelines import artifacts, charts, figures, report, report_columns, report_page
-from pipelines.report import Phase, Report, Row, print_table, read_report, rebuild, write_report
+from pipelines.report import Origin, Phase, Report, Row, print_table, read_report, rebuild, write_report
 
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 VOID_TAGS = {"meta", "img", "source", "br"}
@@ -149,6 +149,21 @@ def test_round_trip(tmp_path: Path) -> None:
     made = make_report()
     write_report(made, tmp_path / "run")
     assert read_report(tmp_path / "run" / "report.json") == made
+
+
+def test_where_results_come_from_stands_on_the_page(tmp_path: Path) -> None:
+    teacher = Origin(name="teacher", sha256="ab" * 32, detail="a <b>path</b>")
+    stage = Origin(name="sketch", made_from=["teacher", "trajectories"], sha256="cd" * 32, detail="9 iterations")
+    write_report(make_report(lineage=[teacher, stage]), tmp_path)
+    assert read_report(tmp_path / "report.json").lineage == [teacher, stage]
+    text = read_page(tmp_path).text
+    assert "Where it comes from" in text
+    for told in ("a <b>path</b>", "abababababab", "teacher, trajectories", "9 iterations", "cdcdcdcdcdcd"):
+        assert told in text
+    record = json.loads((tmp_path / "report.json").read_text())
+    del record["lineage"]
+    (tmp_path / "report.json").write_text(json.dumps(record))
+    assert report.rebuild(tmp_path).lineage == [] and "Where it comes from" not in read_page(tmp_path).text
 
 
 def test_json_has_exactly_the_documented_keys(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hd_core import step
 from pipelines import recording
 from pipelines import run as running
 from pipelines import trainer as training
-from pipelines.artifacts import RunDir
+from pipelines.artifacts import RunDir, file_hash
 from pipelines.cast import build
 from pipelines.curve import Curve
 from pipelines.evaluate import Evaluator
@@ -189,6 +189,19 @@ def test_the_second_time_everything_is_reused_and_said_to_be(copied: Finished):
     # The recipe differs in where it is tracked; the report in what this run did.
     allowed = {"report.json", "report.html", "figures/seconds_by_phase.png", "recipe.json", "run.json"}
     assert changed <= allowed, changed
+
+
+def test_the_report_says_what_everything_was_made_from(finished: Finished):
+    found = {one.name: one for one in read_report(finished.run_dir / "report.json").lineage}
+    assert list(found) == ["teacher", "real images", "trajectories", "sketch", "refine", "sfd_2", "sfd_4"]
+    for place, one in enumerate(found.values()):
+        assert set(one.made_from) <= set(list(found)[:place])
+    assert found["refine"].made_from == ["sketch", "teacher", "real images"]
+    assert found["sfd_2"].made_from == ["teacher", "trajectories"]
+    for name in ("sketch", "refine", "sfd_2", "sfd_4"):
+        assert found[name].sha256 == file_hash(finished.run_dir / "stages" / name / "student.safetensors")
+    assert found["trajectories"].detail == "64 rows in 2 files, 4 steps by dpmpp_3m"
+    assert found["real images"].detail == "digits: 200 to train on, 1,597 held out"
 
 
 def test_the_second_time_the_rows_are_the_same(finished: Finished, copied: Finished):
