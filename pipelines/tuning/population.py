@@ -8,6 +8,7 @@ seed and the scores.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -52,7 +53,7 @@ class Population:
                 " may change then: they decide what is built. Use another scheduler"
             )
 
-    @property
+    @cached_property
     def numbers(self) -> list[str]:
         """Parameters that may change while a trial trains."""
         return [name for name in self.work.space.parameters if _may_change(self.work, name)]

@@ -1,7 +1,7 @@
 """Population-based training: who is copied, what a copy is, and that an interrupted one goes on to the same end."""
 
-import dataclasses
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,17 @@ import pytest
 from rich.console import Console
 
 from pipelines.artifacts import read_json, write_json
-from pipelines.recipe import load
+from pipelines.recipe import load, override
 from pipelines.tuning import sweep as sweeping
 from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.importance import study_of
 from pipelines.tuning.population import Population, settle
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import Sweep, SweepConfig
+from pipelines.tuning.sweep_report import SweepReport
 from pipelines.tuning.trial import Trial, TrialFile, perform, shared_with, stored_trials, trial_folder
 from pipelines.tuning.work import Work
-from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, write_recipe
+from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
 from tune_spaces.space import Choice, Integer, Space, Uniform
 
 RATE, MOVES, WIDTH = "optimizers.student.learning_rate", "objective.update_ratio", "discriminator.width"
@@ -52,9 +53,7 @@ def scored(work: Work, *scores: float | None, at: int = 2) -> list[Trial]:
     """Trials of a population, of which those without a score have failed."""
     drawn = Population(work, len(scores), 0).first()
     return [
-        dataclasses.replace(
-            one, points=[] if score is None else [[at, score]], state="failed" if score is None else "paused"
-        )
+        replace(one, points=[] if score is None else [[at, score]], state="failed" if score is None else "paused")
         for one, score in zip(drawn, scores, strict=True)
     ]
 
@@ -101,8 +100,8 @@ def test_a_copy_of_a_copy_keeps_both_changes(tmp_path: Path):
     (first, _), (copy, model) = population.next(members, 2)
     assert model == first
     members = [
-        dataclasses.replace(first, points=[[2, 1.0], [4, 2.0]]),
-        dataclasses.replace(copy, points=[[2, 1.0], [4, 0.5]]),
+        replace(first, points=[[2, 1.0], [4, 2.0]]),
+        replace(copy, points=[[2, 1.0], [4, 0.5]]),
     ]
     (again, parent), _ = population.next(members, 4)
     assert parent and parent.key == copy.key and list(again.changes[LATER]) == ["2", "4"]
@@ -119,10 +118,10 @@ def test_numbers_move_within_their_ranges_by_steps_or_anywhere(tmp_path: Path):
     work = work_of(tmp_path, space=space_of(**parameters))
     model = scored(work, 1.0, 2.0)[0]
     values = {**model.values, RATE: 1e-3, MOVES: 2, "objective.tau_power": 1.45, "ema_decay": 0.9}
-    model = dataclasses.replace(model, values=values, changes=work.space.overrides(values))
+    model = replace(model, values=values, changes=work.space.overrides(values))
     seen: dict[str, set[Any]] = {name: set() for name in parameters}
     for seed in range(200):
-        copy, _ = Population(work, 2, seed).next([model, dataclasses.replace(model, points=[[2, 9.0]])], 2)[1]
+        copy, _ = Population(work, 2, seed).next([model, replace(model, points=[[2, 9.0]])], 2)[1]
         for name, value in copy.values.items():
             seen[name].add(value)
     assert seen[WIDTH] == {values[WIDTH]}
@@ -163,7 +162,7 @@ def test_a_copy_has_the_weights_that_its_recipe_gives_from_the_start(tmp_path: P
     assert {file.suffix for file in handed} == {".json", ".jsonl", ".safetensors"}
     here = perform(work, copy, lambda *_: None)
     assert here.state == "done" and len(here.points) == 4 and not handed[0].parent.exists()
-    alone = dataclasses.replace(copy, points=[], parent="", since=0)
+    alone = replace(copy, points=[], parent="", since=0)
     there = perform(other, alone, lambda *_: None)
     assert there.points == here.points
     hashes = [read_json(trial_folder(one.sweep, copy) / "stages/refine/stage.json")["sha256"] for one in (work, other)]
@@ -202,26 +201,32 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path):
 
 def test_a_loser_is_stopped_and_a_copy_says_nothing_of_importance(tmp_path: Path):
     work = work_of(tmp_path)
-    members = [dataclasses.replace(one, state="done") for one in scored(work, 1.0, 2.0)]
+    members = [replace(one, state="done") for one in scored(work, 1.0, 2.0)]
     copy = Population(work, 2, 0).next(members, 2)[1][0]
-    assert len(study_of(work, [*members, dataclasses.replace(copy, state="done")]).trials) == 2
+    assert len(study_of(work, [*members, replace(copy, state="done")]).trials) == 2
 
 
 # Whole searches
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int]]:
-    """Trials are performed here, one after the other; what was asked for is kept."""
-    asked: list[tuple[int | None, int]] = []
+Asked = list[tuple[int | None, int]]
+
+
+def inline(patch: pytest.MonkeyPatch, dies_after: int = 0) -> Asked:
+    """Have trials performed here, one after the other, until so many have been; what is asked for is kept."""
+    asked, performed = Asked(), 0
 
     def perform_all(work: Work, trials: list[Trial], _rooms: object, done: Any, until: int | None = None) -> None:
+        nonlocal performed
         asked.append((until, len(trials)))
         for trial in trials:
             done(perform(work, trial, lambda *_: None, until))
+            performed += 1
+            if performed == dies_after:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweeping, "perform_all", perform_all)
-    monkeypatch.setattr(sweeping, "Rooms", lambda *_: type("Rooms", (), {"slots": 1})())
+    patch.setattr(sweeping, "perform_all", perform_all)
+    patch.setattr(sweeping, "Rooms", lambda *_: type("Rooms", (), {"slots": 1})())
     return asked
 
 
@@ -230,62 +235,57 @@ def sweep_of(work: Work, trials: int = 4) -> Sweep:
     return Sweep(work, "own", SweepConfig(search=search, num_finalists=1, num_seeds=1), Console(quiet=True))
 
 
-def told(folder: Path) -> dict[str, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Work, SweepReport, Asked]:
+    """A search that nothing has disturbed."""
+    work = work_of(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        asked = inline(patch)
+        return work, sweep_of(work).execute(), asked
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
     """What is known of the trials, without what is timed."""
-    timed = dict.fromkeys(("seconds", "ended", "lives"), 0)
-    trials = [dataclasses.asdict(dataclasses.replace(one, **timed)) for one in stored_trials(folder)]
+    trials = [asdict(replace(one, seconds=0.0, ended=0.0, lives=0)) for one in stored_trials(folder)]
     for trial in trials:
-        for key in ("images_per_second", "train_seconds") if trial["row"] else ():
-            trial["row"][key] = 0
-    return {str(number): trial for number, trial in enumerate(trials)}
+        if trial["row"]:
+            trial["row"] |= {"images_per_second": 0, "train_seconds": 0}
+    return trials
 
 
-def test_a_search_goes_from_rung_to_rung(tmp_path: Path, inline: list[tuple[int | None, int]]):
-    work = work_of(tmp_path)
-    report = sweep_of(work).execute()
-    assert [one for one in inline if one[0]] == [(2, 4), (4, 4), (6, 4), (8, 4)]
+def test_a_search_goes_from_rung_to_rung(whole: tuple[Work, SweepReport, Asked]):
+    work, report, asked = whole
+    assert [one for one in asked if one[0]] == [(2, 4), (4, 4), (6, 4), (8, 4)]
     searched = [one for one in stored_trials(work.sweep) if one.kind == "search"]
-    assert {state: sum(one.state == state for one in searched) for state in ("done", "stopped")} == {
-        "done": 4,
-        "stopped": 3,
-    }
+    assert sorted(one.state for one in searched) == ["done"] * 4 + ["stopped"] * 3
     assert sum(bool(one.parent) for one in searched) == 3
     by_key = {one.key: one for one in searched}
     for one in (one for one in searched if one.parent):
         assert one.points[0] == by_key[one.parent].points[0] and one.since in (2, 4, 6)
     winner = load(str(work.sweep / "winner.yaml"))
-    assert report.winner.changes == {} or winner.stages["refine"] != work.recipe.stages["refine"]
+    assert winner == override(work.recipe, report.winner.changes)
     assert "population" in {path.stem for path in (work.sweep / "figures").iterdir()}
 
 
-@pytest.mark.parametrize("after", [2, 5, 9, 13])
+@pytest.mark.parametrize("after", [2, 6, 9, 14])
 def test_an_interrupted_search_goes_on_to_the_same_end(
-    tmp_path: Path, inline: object, after: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: tuple[Work, SweepReport, Asked], after: int, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = work_of(tmp_path / "whole")
-    sweep_of(whole).execute()
-    work, performed = work_of(tmp_path / "killed"), 0
-    own = sweeping.perform_all
-
-    def dies(work: Work, trials: list[Trial], rooms: object, done: Any, until: int | None = None) -> None:
-        def count(trial: Trial) -> None:
-            nonlocal performed
-            performed += 1
-            done(trial)
-            if performed == after:
-                raise KeyboardInterrupt
-
-        own(work, trials, rooms, count, until)  # pyright: ignore[reportArgumentType]
-
+    work = work_of(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sweeping, "perform_all", dies)
+        inline(patch, dies_after=after)
         sweep_of(work).execute()
-    assert told(work.sweep) != told(whole.sweep)
+    assert told(work.sweep) != told(whole[0].sweep)
+    inline(monkeypatch)
     sweep_of(work).execute()
-    assert told(work.sweep) == told(whole.sweep)
-    before = {one.key: one.lives for one in stored_trials(work.sweep)}
-    sweep_of(work).execute()
-    assert {one.key: one.lives for one in stored_trials(work.sweep)} == before, "all is only read"
+    assert told(work.sweep) == told(whole[0].sweep)
+
+
+def test_a_search_that_is_over_is_only_read(whole: tuple[Work, SweepReport, Asked], monkeypatch: pytest.MonkeyPatch):
+    work, report, _ = whole
+    before = {path: digest for path, digest in tree(work.sweep / "trials").items()}
+    assert not inline(monkeypatch) and sweep_of(work).execute().winner == report.winner
+    assert tree(work.sweep / "trials") == before
 
 
 @pytest.mark.ray
