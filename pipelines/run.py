@@ -3,35 +3,28 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
 from rich.console import Console
 
-from hd_core.guidance import branches
 from pipelines.artifacts import RunDir, differences, fingerprint, read_json, write_json
-from pipelines.assembly import Assembly
-from pipelines.cluster import is_running, stop_ray
-from pipelines.costs import Bill, ShardBill, costs_of, metrics_of, with_costs
-from pipelines.data import ImageSet
+from pipelines.costs import costs_of, metrics_of, with_costs
 from pipelines.evaluate import Evaluator, Generator
 from pipelines.lineage import lineage_of
 from pipelines.measures import caution
 from pipelines.peer_pictures import measure_pictures
 from pipelines.peers import PICTURES
 from pipelines.picture_files import PictureFiles
+from pipelines.preparation import Preparation
 from pipelines.process import environment
-from pipelines.production import Made, produce, start_for
-from pipelines.progress import Counter, bar
+from pipelines.progress import Counter
 from pipelines.recipe import Recipe, determining
 from pipelines.recording import default_store, recorded, tracker_of
-from pipelines.report import Phase, Report, Row, write_report
+from pipelines.report import Report, Row, write_report
 from pipelines.report_columns import MEASURES
-from pipelines.shards import ShardSet, write_shard
 from pipelines.stages import StageJob
 from pipelines.tracked import best_student, best_tags, description, measured_by, summary_of
 from pipelines.tracking import NoopTracker, Tracker
@@ -42,14 +35,11 @@ from pipelines.watching import RemoteWatch, follow, log_point
 T = TypeVar("T")
 
 
-class Run(Assembly):
+class Run(Preparation):
     """One recipe in one run directory."""
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console) -> None:
-        super().__init__(recipe, run_dir)
-        self.console = console
-        self.phases: list[Phase] = []
-        self.bill = Bill(run_dir.path / "costs")
+        super().__init__(recipe, run_dir, console)
         self.tracker: Tracker = NoopTracker()
 
     # Phases
@@ -58,7 +48,7 @@ class Run(Assembly):
         """Do everything that is not done; ``started`` is when the process began, in `time.time` seconds."""
         _ = self.extractor, self.second_extractor, self.clip
         with self._session():
-            self._record("start", time.time() - started, reused=False)
+            self.record("start", time.time() - started, reused=False)
             self.train_stages(())
             report = self.report(self.evaluate())
             if self.recipe.track.register and self.recipe.track.enabled:
@@ -114,72 +104,6 @@ class Run(Assembly):
         if self.splits.skipped:
             write_json(path, {picture.name: picture.reason for picture in self.splits.skipped})
         self.splits.say_skipped(self.console, str(path))
-
-    def prepare_shards(self) -> None:
-        """Text embeddings, real images, latents and trajectories, as far as this run reads them."""
-        needs = {need for stage in self.recipe.stages.values() for need in stage.objective.needs}
-        before = is_running()
-        if self.prompts and self.vocabulary:
-            self._make("prompts", self.prompts, self.prompt_maker(self.prompts, self.vocabulary), "prompts")
-        self.write_images()
-        if self.latents and "images" in needs:
-            self._make("latents", self.latents, self.latent_maker(self.latents), "latents")
-        if "trajectories" in needs:
-            self._make("precompute", self.trajectories, self.trajectory_maker(), "teacher trajectories")
-        if is_running() and not (before or self.recipe.train.num_workers or self._streams()):
-            with self.phase("ray stop"):
-                stop_ray()
-
-    def _make(self, phase: str, shards: ShardSet, maker: Made, what: str) -> None:
-        """Make a set's missing and damaged shards, or find it whole."""
-        for file in shards.mend():
-            self.say(f"[yellow]shard {file} is missing or damaged (its hash does not fit): making it again[/]")
-        if shards.complete:
-            self._record(phase, 0.0, reused=True)
-            return
-        actors = self.recipe.precompute.actors
-        if actors.count and not is_running():
-            with self.phase("ray start"):
-                start_for(shards, maker, actors)
-        with self.phase(phase):
-            self._produce(phase, shards, maker, what)
-
-    def _produce(self, phase: str, shards: ShardSet, maker: Made, what: str) -> None:
-        billed = ShardBill(self.bill, phase, shards, self._calls_per_row(phase))
-        done = sum(shard.rows for shard in shards.shards)
-        if done:
-            self.say(f"{what}: {done:,} of {shards.spec.rows:,} are there; making the rest")
-        with self.progress(what, shards.spec.rows) as show:
-            counter = Counter(done, lambda rows: (billed.see(), show(rows)))
-            show(done)
-            produce(shards, maker, self.recipe.precompute.actors, counter.add)
-
-    def _calls_per_row(self, phase: str) -> int:
-        """Network calls for one row of a shard set: encoders run once."""
-        if phase != "precompute":
-            return 1
-        return self.recipe.precompute.calls_per_sample * branches(self.recipe.teacher.guidance_scale)
-
-    def write_images(self) -> None:
-        """Real images, and what probes score against, as far as any stage reads them."""
-        stages, kept = self.recipe.stages.values(), self.splits.validation
-        if any(stage.needs_images for stage in stages):
-            self._write_pixels(self.images, self.splits.train, self.image_labels)
-        if any(stage.probe.every for stage in stages):
-            if self.validation is not None and kept is not None:
-                self._write_pixels(self.validation, kept, kept.labels)
-            self.make_judged_by()
-
-    def _write_pixels(self, shards: ShardSet, images: ImageSet, labels: np.ndarray) -> None:
-        for file in shards.mend():
-            self.say(f"[yellow]shard {file} of images is missing or damaged: writing it again[/]")
-        for index in shards.missing:
-            ids = shards.spec.ids(index)
-            part = slice(ids.start, ids.stop)
-            shards.commit(write_shard(shards.folder, shards.spec, index, labels[part], images.images[part]))
-
-    def _streams(self) -> bool:
-        return self.recipe.needs_trajectories and self.trajectories.spec.bytes > self.recipe.train.resident_bytes
 
     def train(self, name: str) -> None:
         """Train one stage, or find it trained."""
@@ -325,36 +249,6 @@ class Run(Assembly):
         )
         write_report(report, self.dir.path)
         return report
-
-    # Saying what happens
-
-    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A bar."""
-        return bar(self.console, title, total)
-
-    @contextmanager
-    def phase(self, name: str, *, billed: bool = True) -> "Iterator[_Phase]":
-        """Time a part of the run and say that it is done, or was before."""
-        phase, started = _Phase(), time.perf_counter()
-        with self.bill.phase(name) if billed else nullcontext():
-            yield phase
-            if phase.reused:
-                self.bill.forget(name)
-        self._record(name, time.perf_counter() - started, reused=phase.reused)
-
-    def _record(self, name: str, seconds: float, *, reused: bool) -> None:
-        self.phases.append(Phase(name=name, wall_seconds=seconds, reused=reused))
-        how = "[dim]reused[/]" if reused else f"{seconds:.1f} s"
-        self.say(f"  {name:<12} {how}")
-
-    def say(self, text: str) -> None:
-        """One line to the person who watches."""
-        self.console.print(text, highlight=False)
-
-
-@dataclass
-class _Phase:
-    reused: bool = False
 
 
 def metrics_of_row(row: Row) -> dict[str, float]:

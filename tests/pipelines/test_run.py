@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from hd_core import step
-from pipelines import recording
+from pipelines import preparation, recording
 from pipelines import run as running
 from pipelines import trainer as training
 from pipelines.artifacts import RunDir, file_hash
@@ -55,7 +55,7 @@ def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this was finished already")
 
     monkeypatch.setattr(running, "train_stage", refuse)
-    monkeypatch.setattr(running, "produce", refuse)
+    monkeypatch.setattr(preparation, "produce", refuse)
     monkeypatch.setattr(Evaluator, "measure", refuse)
 
 
@@ -354,8 +354,8 @@ def test_a_damaged_shard_is_named_and_made_again(finished: Finished, copied: Fin
         assert shards.missing == [1]
         make_trajectories(finished.recipe, copied.run_dir, shards)
 
-    monkeypatch.setattr(running, "produce", again)
-    monkeypatch.setattr(running, "start_for", lambda *_: 1)
+    monkeypatch.setattr(preparation, "produce", again)
+    monkeypatch.setattr(preparation, "start_for", lambda *_: 1)
     result = hdistill("precompute", *copied.arguments, *UNTRACKED)
     assert result.exit_code == 0, result.output
     assert "shard part-00001.parquet is missing or damaged" in " ".join(result.output.split())
