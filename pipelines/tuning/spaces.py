@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import Recipe, nearest, override, read_yaml
+from pipelines.mistakes import nearest
+from pipelines.recipe import Recipe, override, read_yaml
 from pipelines.tuning.work import chained
 from tune_spaces import SPACES
 from tune_spaces.space import Choice, Distribution, Integer, Space, Uniform
