@@ -43,12 +43,16 @@ def find_space(name_or_path: str, recipe: Recipe, stage: str) -> Space:
 def _check(space: Space, recipe: Recipe, source: str) -> None:
     """See that what the space changes is there, before any trial is."""
     trained = chained(recipe, space.stage)
-    without = " (what does not lead to the stage that is scored is left out)" if trained.stages != recipe.stages else ""
+    left_out = [repr(name) for name in recipe.stages if name not in trained.stages]
     for values in [*space.baselines.values(), *(space.draw(f"check-{number}") for number in range(3))]:
         try:
             override(trained, space.overrides(values))
         except ValueError as error:
-            raise ValueError(f"space {source} does not fit the recipe: {error}{without}") from None
+            without = " (what does not lead to the stage that is scored is left out)"
+            about_those = any(name in str(error) for name in left_out)
+            raise ValueError(
+                f"space {source} does not fit the recipe: {error}{without if about_those else ''}"
+            ) from None
 
 
 def _of_file(path: Path, recipe: Recipe, asked: str) -> Space:
