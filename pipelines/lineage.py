@@ -45,8 +45,9 @@ def _shards(run: Assembly) -> Iterator[Origin]:
 
 
 def _set(shards: ShardSet, name: str, made_from: list[str], what: str) -> Iterator[Origin]:
+    count = shards.spec.num_shards
     if shards.complete:
-        detail = f"{shards.spec.rows:,} rows in {shards.spec.num_shards:,} files, {what}"
+        detail = f"{shards.spec.rows:,} rows in {count:,} file{'s' if count > 1 else ''}, {what}"
         yield Origin(
             name=name, made_from=made_from, sha256=fingerprint([one.sha256 for one in shards.shards]), detail=detail
         )

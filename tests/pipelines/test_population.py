@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from pipelines.artifacts import read_json, write_json
@@ -286,6 +287,41 @@ def test_a_search_that_is_over_is_only_read(whole: tuple[Work, SweepReport, Aske
     before = {path: digest for path, digest in tree(work.sweep / "trials").items()}
     assert not inline(monkeypatch) and sweep_of(work).execute().winner == report.winner
     assert tree(work.sweep / "trials") == before
+
+
+def test_what_a_store_missed_that_was_away_reaches_it_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is there at the start, dies between two rungs, and is back when the command is given again."""
+    inline(monkeypatch)
+    work = work_of(tmp_path, "track.enabled=true", rungs=2)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def dies(*_: object) -> None:
+        raise OSError("the server is gone")
+
+    def sweep() -> None:
+        search = SearchConfig(scheduler="pbt", num_trials=2, seed=3)
+        Sweep(work, "own", SweepConfig(search=search, num_finalists=0, num_seeds=0), Console(quiet=True)).execute()
+
+    with monkeypatch.context() as patch:
+        first = Population.next
+        patch.setattr(
+            Population,
+            "next",
+            lambda self, *given: patch.setattr("pipelines.tracking.MlflowTracker.points", dies) or first(self, *given),
+        )
+        sweep()
+    assert (work.sweep / "tracking" / "pending.jsonl").stat().st_size > 0
+    sweep()
+    assert (work.sweep / "tracking" / "pending.jsonl").stat().st_size == 0
+    client = MlflowClient(uri)
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    told = {run.data.tags["trial"]: run for run in runs if "trial" in run.data.tags}
+    for trial in stored_trials(work.sweep):
+        run = told.pop(trial.key)
+        points = client.get_metric_history(run.info.run_id, "score")
+        assert [(point.step, point.value) for point in points] == [(int(step), score) for step, score in trial.points]
+        assert run.data.tags["state"] == trial.state
+    assert not told
 
 
 @pytest.mark.ray
