@@ -230,6 +230,7 @@ def evaluate(recipe: "Recipe", run_dir: Path) -> None:
 )
 @click.option("--rungs", default=4, show_default=True, help="How often a trial is scored, its end included.")
 @click.option("--samples", default=2000, show_default=True, help="Samples behind a score.")
+@click.option("--score-seeds", default=1, show_default=True, help="Trainings behind a score, which is their mean.")
 @click.option("--random", "num_random", default=0, show_default=True, help="Trials by chance alone, to compare with.")
 @click.option("--finalists", default=3, show_default=True, help="Best trials that meet the baselines at fresh seeds.")
 @click.option("--seeds", default=3, show_default=True, help="How many of those seeds.")

@@ -46,6 +46,7 @@ def tune(name: str, recipe: Recipe, folder: Path, console: Console, **asked: Any
         metric=asked["metric"],
         rungs=asked["rungs"],
         num_samples=asked["samples"],
+        score_seeds=asked["score_seeds"],
         cpus=search.cpus,
         pauses=search.scheduler == "pbt",
     )

@@ -40,6 +40,8 @@ class Population:
             raise ValueError(f"pbt needs at least 2 trials side by side in training; given {self.size}")
         if self.work.rungs < 2:
             raise ValueError("pbt changes trials at the rungs before their end: it needs at least 2 rungs; given 1")
+        if self.work.score_seeds > 1:
+            raise ValueError(f"pbt scores a trial by one training; given {self.work.score_seeds} seeds")
         if self.work.recipe.train.num_workers:
             raise ValueError(
                 "pbt goes with trials that train in their own process: set train.num_workers to 0 (over Ray Train's"

@@ -17,10 +17,11 @@ from pipelines.cluster import ensure_ray, room_for
 from pipelines.process import prepare_process
 from pipelines.storage import remove_tree
 from pipelines.train import ray_storage
+from pipelines.tuning.attempt import perform
 from pipelines.tuning.config import SCORE, STEP, SearchConfig
 from pipelines.tuning.samplers import drawn, make_searcher
 from pipelines.tuning.schedulers import make_scheduler
-from pipelines.tuning.trial import Trial, TrialFile, perform
+from pipelines.tuning.trial import Trial, TrialFile
 from pipelines.tuning.work import Work
 
 RAY_FOLDER = "ray-"

@@ -30,10 +30,11 @@ from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.population import Population, settle
 from pipelines.tuning.results import Candidate, candidates, finalists
 from pipelines.tuning.search import RAY_FOLDER, Rooms, perform_all, search
+from pipelines.tuning.sharing import prepare
 from pipelines.tuning.sweep_page import render_sweep
 from pipelines.tuning.sweep_report import SweepReport, costs_of
 from pipelines.tuning.times import Times
-from pipelines.tuning.trial import Trial, TrialFile, prepare, stored_trials
+from pipelines.tuning.trial import Trial, TrialFile, stored_trials
 from pipelines.tuning.work import Work, rank
 
 _ROWS = 128
@@ -90,7 +91,7 @@ class Sweep:
         self.rooms = Rooms(self.config.search, self.work)
         for trial in stored_trials(self.folder):
             self._log(trial)
-        shared = self._prepare(self.work.recipe.seed, final=False)
+        shared, *_ = [self._prepare(seed, final=False) for seed in self.work.seeds(self.work.recipe.seed)]
         baselines = [self._trial("baseline", name, values) for name, values in self._baselines(shared).items()]
         chance = [
             self._trial("random", "", self.work.space.draw(f"{self.config.search.seed}-random-{number}"))
@@ -118,7 +119,12 @@ class Sweep:
             "stage": work.space.stage,
             "parameters": {name: repr(one) for name, one in work.space.parameters.items()},
             "recipe": determining(work.recipe.to_dict()),
-            "score": {"metric": work.metric, "rungs": work.rungs, "num_samples": work.num_samples},
+            "score": {
+                "metric": work.metric,
+                "rungs": work.rungs,
+                "num_samples": work.num_samples,
+                "seeds": work.score_seeds,
+            },
         }
         path = self.folder / "sweep.json"
         if (made_with := read_json(path)) is not None:

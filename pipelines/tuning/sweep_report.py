@@ -14,7 +14,8 @@ from pipelines.artifacts import read_json
 from pipelines.recipe import Recipe
 from pipelines.tuning.importance import importances
 from pipelines.tuning.results import HAND_SET, Candidate, Finalist, Interval, candidates, judged
-from pipelines.tuning.trial import Trial, shared_with
+from pipelines.tuning.sharing import shared_with
+from pipelines.tuning.trial import Trial
 from pipelines.tuning.work import Mode, Work, rank
 
 
@@ -152,8 +153,8 @@ def _winner(finals: Sequence[Finalist], found: Sequence[Candidate], mode: Mode) 
 def costs_of(work: Work, times: Mapping[str, float], trials: Sequence[Trial], slots: int) -> dict[str, float]:
     """Seconds of a sweep: as they were, as they would ideally be, and what sharing has saved."""
     worked = sum(trial.seconds for trial in trials)
-    users = Counter(_shared(work, trial) for trial in trials)
-    made = {folder: _seconds(folder) for folder in users if folder is not None}
+    users = Counter(folder for trial in trials for folder in _shared(work, trial))
+    made = {folder: _seconds(folder) for folder in users}
     return {
         "wall": times["trials"],
         "work": worked,
@@ -165,12 +166,13 @@ def costs_of(work: Work, times: Mapping[str, float], trials: Sequence[Trial], sl
     }
 
 
-def _shared(work: Work, trial: Trial) -> Path | None:
+def _shared(work: Work, trial: Trial) -> list[Path]:
     """What a trial shares with others, if it is a recipe and shares anything."""
+    seeds = [trial.seed] if trial.kind == "final" else work.seeds(trial.seed)
     try:
-        return None if work.space.alone(trial.values) else shared_with(work, trial)
+        return [] if work.space.alone(trial.values) else [shared_with(work, trial, seed) for seed in seeds]
     except ValueError:
-        return None
+        return []
 
 
 def _seconds(folder: Path) -> float:

@@ -10,6 +10,7 @@ from pipelines.recipe import Recipe, determining, from_dict, override
 from tune_spaces.space import Space
 
 Mode = Literal["min", "max"]
+_FAR = 1_000_000
 METRICS: dict[str, Mode] = {"probe/fid": "min", "probe/diversity": "max"}
 """What trials may be scored by, and which way is better. A training loss is none of them: as soon as schedule or
 weights change it measures something else."""
@@ -31,16 +32,20 @@ class Work:
     """How often a trial is scored, its end included."""
     num_samples: int = 2000
     """Samples behind a score; the same noises for every trial."""
+    score_seeds: int = 1
+    """Trainings behind a score, which is their mean, each at a seed of its own."""
     cpus: float = 1.0
     """CPUs of a trial, which set its threads."""
     pauses: bool = False
-    """Whether trials leave a checkpoint at each of their scores."""
+    """Whether trials wait for each other at their rungs."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"trials cannot be scored by {self.metric!r}: choose one of {', '.join(METRICS)}")
         if self.rungs < 1 or self.num_samples < 2:
             raise ValueError(f"rungs must be at least 1 and samples 2; given {self.rungs} and {self.num_samples}")
+        if self.score_seeds < 1:
+            raise ValueError(f"a score needs at least 1 training behind it; given {self.score_seeds}")
 
     @property
     def scored_on(self) -> str:
@@ -90,7 +95,7 @@ class Work:
             "track.enabled": False,
             "evaluate.num_actors": 0,
             **{f"stages.{stage}.probe.{key}": value for key, value in probe.items()},
-            **({f"stages.{stage}.checkpoint_every": self.every} if self.pauses else {}),
+            **({f"stages.{stage}.checkpoint_every": self.every} if self.pauses or self.score_seeds > 1 else {}),
         }
         return override(changed, fixed)
 
@@ -98,6 +103,10 @@ class Work:
     def references(self) -> Path:
         """Features of real images."""
         return self.sweep / "references"
+
+    def seeds(self, seed: int) -> list[int]:
+        """Seeds at which a trial of a seed is trained for its score, far from those of finalists."""
+        return [seed + _FAR * number for number in range(self.score_seeds)]
 
     def winner(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with the changes of a trial; without the stages that these leave no trajectories for."""

@@ -12,13 +12,15 @@ from rich.console import Console
 from pipelines.artifacts import read_json, write_json
 from pipelines.recipe import load, override
 from pipelines.tuning import sweep as sweeping
+from pipelines.tuning.attempt import perform
 from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.importance import study_of
 from pipelines.tuning.population import Population, settle
+from pipelines.tuning.sharing import shared_with
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import Sweep, SweepConfig
 from pipelines.tuning.sweep_report import SweepReport
-from pipelines.tuning.trial import Trial, TrialFile, perform, shared_with, stored_trials, trial_folder
+from pipelines.tuning.trial import Trial, TrialFile, stored_trials, trial_folder
 from pipelines.tuning.work import Work
 from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
 from tune_spaces.space import Choice, Integer, Space, Uniform
@@ -358,6 +360,7 @@ def test_a_population_on_ray(tmp_path: Path):
     [
         (("dmd_balance", "--trials", 1), "pbt needs at least 2 trials side by side in training; given 1"),
         (("dmd_balance", "--rungs", 1), "it needs at least 2 rungs; given 1"),
+        (("dmd_balance", "--score-seeds", 2), "pbt scores a trial by one training; given 2 seeds"),
         (("dmd_balance", "--sampler", "cma_es"), "leave the sampler out; given cma_es"),
         (("dmd_balance", "--set", "train.num_workers=2"), "set train.num_workers to 0 (over Ray Train's workers"),
         (("dmd_balance", "--set", "stages.refine.later={1: {ema_decay: 0.5}}"), "and so does its later: take one"),
@@ -377,5 +380,5 @@ def test_mistakes_are_told_before_anything_starts(
 
 def test_a_shared_folder_serves_copies_too(tmp_path: Path):
     work, copy, model = copied(tmp_path)
-    assert shared_with(work, copy) == shared_with(work, model)
+    assert shared_with(work, copy, 3) == shared_with(work, model, 3)
     assert TrialFile(work.sweep, copy).exists is False

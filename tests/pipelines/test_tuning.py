@@ -21,15 +21,18 @@ from pipelines.artifacts import read_json, write_json
 from pipelines.recipe import Recipe, load
 from pipelines.tuning import samplers, schedulers
 from pipelines.tuning import search as searching
+from pipelines.tuning.attempt import perform
 from pipelines.tuning.config import SearchConfig
 from pipelines.tuning.importance import importances
 from pipelines.tuning.results import Candidate, Interval, candidates, finalists, judged
 from pipelines.tuning.samplers import words
 from pipelines.tuning.search import Stopped
+from pipelines.tuning.sharing import prepare
 from pipelines.tuning.spaces import find_space
 from pipelines.tuning.sweep import SweepConfig
 from pipelines.tuning.sweep_report import SweepReport, costs_of
-from pipelines.tuning.trial import Trial, TrialFile, TrialRun, perform, prepare, stored, stored_trials
+from pipelines.tuning.training import TrialRun
+from pipelines.tuning.trial import Trial, TrialFile, stored, stored_trials
 from pipelines.tuning.work import METRICS, Work
 from tests.pipelines.tiny import UNTRACKED, hdistill, tiny_recipe, tree, write_recipe
 from tune_spaces.space import Choice, Integer, Space, Uniform
@@ -120,6 +123,29 @@ def test_a_trial_of_its_own_fault_fails_and_is_told_as_the_worst(tmp_path: Path)
     assert ears.points == [(4, math.inf)]
 
 
+@pytest.fixture(scope="module")
+def by_seed(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[float]]]:
+    """The points of one setting at two seeds, each trained by itself."""
+    work = work_of(tmp_path_factory.mktemp("by_seed"), rungs=2)
+    return [perform(work, trial_of(work, seed=seed), Ears()).points for seed in (3, 1_000_003)]
+
+
+@pytest.mark.parametrize("killed_after", [0, 1])
+def test_a_score_may_be_the_mean_of_several_trainings(tmp_path: Path, by_seed: list[Any], killed_after: int):
+    work = work_of(tmp_path, rungs=2, score_seeds=2)
+    if killed_after:
+        with pytest.raises(OSError):
+            perform(work, trial_of(work), Ears(killed_after, OSError))
+    ears = Ears()
+    trial = perform(work, trial_of(work), ears)
+    means = [[step, (score + other) / 2] for (step, score), (_, other) in zip(*by_seed, strict=True)]
+    assert trial.points == [pytest.approx(point) for point in means] and trial.lives == 1 + bool(killed_after)
+    assert [list(point) for point in ears.points] == trial.points and by_seed[0] != by_seed[1]
+    assert len(list((work.sweep / "shared").iterdir())) == 2
+    final = perform(work, trial_of(work, kind="final", seed=4), Ears())
+    assert final.row and not list((work.sweep / "trials" / final.key).glob("seed-*"))
+
+
 def test_a_score_that_is_never_reported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(METRICS, "probe/nothing", "min")
     work = work_of(tmp_path, metric="probe/nothing")
@@ -146,7 +172,7 @@ def test_what_is_shared_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (shared,) = (work.sweep / "shared").iterdir()
     assert (shared / "stages" / "sketch" / "student.safetensors").is_file() and (shared / "trajectories").is_dir()
     before = tree(shared)
-    monkeypatch.setattr("pipelines.tuning.trial._make_shared", None)
+    monkeypatch.setattr("pipelines.tuning.sharing._make_shared", None)
     second = perform(work, trial_of(work, values={}, changes=changes[1]), Ears())
     assert tree(shared) == before and second.score != first.score
     assert not (work.sweep / "trials" / first.key / "trajectories").exists()
@@ -214,6 +240,11 @@ def test_a_final_trial_is_measured_on_held_out_images_at_its_own_seed(tmp_path: 
     rows = [trial.row or {} for trial in trials]
     assert [row["nfe"] for row in rows] == [2, 2] and rows[0]["fid"] != rows[1]["fid"]
     assert rows[0]["num_samples"] == 200 and len({trial.key for trial in trials}) == 2
+
+
+def test_a_score_needs_a_training(tmp_path: Path):
+    with pytest.raises(ValueError, match="at least 1 training behind it; given 0"):
+        work_of(tmp_path, score_seeds=0)
 
 
 def test_only_probes_may_score(tmp_path: Path):
