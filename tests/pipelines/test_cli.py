@@ -40,7 +40,7 @@ COMMANDS = {
     "compare": {"RUN_DIR...", "--query", "--store", "--out"},
     "tune": ON_A_RECIPE
     | {"SPACE", "--stage", "--trials", "--sampler", "--scheduler", "--metric", "--rungs", "--samples", "--random"}
-    | {"--finalists", "--seeds", "--slots", "--cpus-per-trial", "--gpus-per-trial"},
+    | {"--finalists", "--seeds", "--score-seeds", "--slots", "--cpus-per-trial", "--gpus-per-trial"},
     "ui": {"--store", "--host", "--port"},
     "recipes": {"NAME"},
     "assets build": {"--out", "--seed"},
