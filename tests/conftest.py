@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test asks the network
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as `pipelines` does: the cores are shared
 
 import pytest
 import torch
