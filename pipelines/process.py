@@ -6,6 +6,7 @@ keeping them made inference of a small transformer 1.3 times faster.
 """
 
 import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -45,13 +46,28 @@ def available_cpus() -> int:
 
 
 def _keep_freed_memory() -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from musl
+    mallopt = _of_glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
         mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
+
+
+def give_memory_back() -> None:
+    """Free what is left in cycles, and return what is free to the system.
+
+    For a process that goes on to other work: every thread's memory is kept apart, so that of one that has ended would
+    lie idle. A worker of a sweep grew by 250 MB with each trial, to 9 GB.
+    """
+    gc.collect()
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of glibc's; ``None`` on other systems (musl has neither)."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def default_device() -> str:

@@ -1,6 +1,5 @@
 """A life of a trial: it is trained and scored as it goes, from where an earlier life has left it."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 from pipelines.artifacts import RunDir
 from pipelines.locks import awaited
+from pipelines.process import give_memory_back
 from pipelines.tuning.training import Points, Training
 from pipelines.tuning.trial import Trial, TrialFile, trial_folder
 from pipelines.tuning.work import Work
@@ -39,7 +39,7 @@ def perform(work: Work, trial: Trial, report: Report, until: int | None = None) 
         attempt = _Attempt(work, TrialFile(work.sweep, trial), report, until)
         if not attempt.file.trial.is_over:
             attempt.make()
-            gc.collect()  # a run is in cycles and holds whole data sets; the process goes on to the next trial
+            give_memory_back()  # a run is in cycles and holds whole data sets; the process goes on to the next trial
         return attempt.tell_the_end()
 
 

@@ -4,7 +4,6 @@ Ray's own record of a sweep is pickles, which nothing here reads: what a search 
 in the trials' files, from which sampler and scheduler are told anew.
 """
 
-import gc
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.cluster import ensure_ray, room_for
-from pipelines.process import prepare_process
+from pipelines.process import give_memory_back, prepare_process
 from pipelines.storage import remove_tree
 from pipelines.train import ray_storage
 from pipelines.tuning.attempt import perform
@@ -144,7 +143,7 @@ def _trainable(
 
     quiet()
     prepare_process(work.cpus)
-    gc.collect()  # what a trial left that was stopped in this process: its data, in cycles
+    give_memory_back()  # what a trial left that was stopped in this process
     try:
         perform(work, trial_of(config), _report, until)
     except Stopped:

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from pipelines import process
-from pipelines.process import WORKER_ENVIRONMENT, available_cpus, default_device, prepare_process
+from pipelines.process import WORKER_ENVIRONMENT, available_cpus, default_device, give_memory_back, prepare_process
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,38 @@ def test_other_systems_keep_their_allocator(monkeypatch: pytest.MonkeyPatch):
 def test_a_libc_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(process.ctypes, "CDLL", lambda _: object())
     assert prepare_process(1) == 1
+
+
+def resident() -> int:
+    """Bytes of this process's own memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+def test_what_an_ended_thread_has_freed_goes_back():
+    prepare_process(1)
+    held: list[torch.Tensor] = []
+
+    def work() -> None:
+        blocks = [torch.ones(1 << 14) for _ in range(4000)]  # 250 MiB
+        held.append(torch.ones(1 << 14))  # above them
+        del blocks
+
+    give_memory_back()
+    before = resident()
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert resident() - before > 150 << 20
+    give_memory_back()
+    assert resident() - before < 20 << 20
+
+
+def test_without_glibc_nothing_is_given_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: object())
+    give_memory_back()
 
 
 @pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
