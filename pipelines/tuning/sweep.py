@@ -162,14 +162,9 @@ class Sweep:
 
     # Trials
 
-    def _trial(self, kind: Any, name: str, values: Mapping[str, Any], seed: int | None = None) -> Trial:
-        return Trial(
-            kind=kind,
-            name=name,
-            values=dict(values),
-            changes=self.work.space.overrides(values),
-            seed=self.work.recipe.seed if seed is None else seed,
-        )
+    def _trial(self, kind: Any, name: str, values: Mapping[str, Any]) -> Trial:
+        changes = self.work.space.overrides(values)
+        return Trial(kind=kind, name=name, values=dict(values), changes=changes, seed=self.work.recipe.seed)
 
     def _perform(self, title: str, trials: Sequence[Trial]) -> None:
         """Perform those that have not ended."""
@@ -236,8 +231,10 @@ class Sweep:
         there = {trial.key: trial for trial in stored_trials(self.folder)}
         return [(one, [there[trial.key] for trial in trials]) for one, trials in asked]
 
-    def _final(self, one: Candidate, seed: int) -> Trial:
-        return self._trial("final", one.name, one.trial.values, seed)
+    @staticmethod
+    def _final(one: Candidate, seed: int) -> Trial:
+        """The same training, of a population's copy with all that it has changed on the way, at another seed."""
+        return Trial(kind="final", name=one.name, values=one.trial.values, changes=one.trial.changes, seed=seed)
 
     def _why_nothing(self) -> str:
         mistakes = {trial.mistake for trial in stored_trials(self.folder) if trial.mistake}

@@ -267,6 +267,19 @@ def test_a_search_goes_from_rung_to_rung(whole: tuple[Work, SweepReport, Asked])
         assert one.points[0] == by_key[one.parent].points[0] and one.since in (2, 4, 6)
     winner = load(str(work.sweep / "winner.yaml"))
     assert winner == override(work.recipe, report.winner.changes)
+
+
+def test_finalists_are_trained_with_all_that_changed_on_the_way(whole: tuple[Work, SweepReport, Asked]):
+    """A copy's last draw alone would be another training than the one that was scored."""
+    trials = stored_trials(whole[0].sweep)
+    finals = [one.changes for one in trials if one.kind == "final" and one.name.startswith("search")]
+    searched = [one for one in trials if one.kind == "search" and one.score is not None and one.state == "done"]
+    best = min(searched, key=lambda one: one.score or 0.0)
+    assert best.parent and finals == [best.changes]
+
+
+def test_a_population_has_its_picture(whole: tuple[Work, SweepReport, Asked]):
+    work = whole[0]
     assert "population" in {path.stem for path in (work.sweep / "figures").iterdir()}
 
 
