@@ -6,7 +6,7 @@ stored at the fine grid's times serves every choice.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,13 @@ def from_gaps(gaps: Sequence[float], points: int) -> Places:
     weights = [math.exp(gap - max(gaps)) for gap in gaps]
     shares = [weight / sum(weights) for weight in weights]
     return _between([(points - 1) * share for share in accumulate(shares[:-1])], points)
+
+
+def to_gaps(places: Places) -> list[float]:
+    """Free numbers that `from_gaps` makes a choice of again, the greatest as far above 0 as the least is below."""
+    widths = [math.log(after - before) for before, after in pairwise(places)]
+    middle = (max(widths) + min(widths)) / 2
+    return [width - middle for width in widths]
 
 
 def nearest(times: Sequence[float], stored: Grid) -> Places:

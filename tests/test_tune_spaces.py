@@ -51,6 +51,45 @@ def test_every_parameter_changes_the_recipe(name: str):
         assert len(found) > 1, parameter
 
 
+BETAS = "betas: [0.5, 0.99]"
+SAID = {
+    "awd_weighting": [],
+    "dmd_balance": [f"stages.refine.optimizers.{player}={{{BETAS}}}" for player in ("student", "fake_score")],
+    "meanflow_sampler": ["stages.sketch.objective={name: meanflow, equal_share: 0.6, full_share: 0.1}"],
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), SAID.items())
+def test_the_recipe_itself_can_be_said_as_a_draw(name: str, settings: list[str]):
+    """So that a sampler can learn from its score."""
+    recipe = load("digits", settings)
+    space, recipe = SPACES[name](recipe.to_dict(), ""), chained(recipe, CASES[name][1])
+    said = space.as_draw(space.baselines["hand-set"])
+    assert said is not None and override(recipe, space.overrides(said)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("awd_weighting", "stages.refine.objective.adversarial.weight=5.0"),
+        ("awd_weighting", "stages.refine.discriminator.heads=1"),
+        ("dmd_balance", "stages.refine.optimizers.student.betas=[0.9, 0.95]"),
+        ("sfd_schedule", "seed=1"),
+    ],
+)
+def test_what_lies_outside_of_a_space_is_no_draw(name: str, setting: str):
+    space = SPACES[name](load("digits", [setting]).to_dict(), "")
+    assert space.as_draw({}) is None
+
+
+@pytest.mark.parametrize("stage", ["sfd_2", "sfd_3"])
+def test_named_schedules_are_draws(stage: str):
+    space = SPACES["sfd_schedule"](DIGITS.to_dict(), stage)
+    for name, values in space.baselines.items():
+        said = space.as_draw(values)
+        assert said is None if name == "hand-set" else said and space.overrides(said) == space.overrides(values)
+
+
 def test_only_what_is_drawn_is_changed():
     space = SPACES["awd_weighting"](DIGITS.to_dict(), "")
     assert space.overrides({}) == {}

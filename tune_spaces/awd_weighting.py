@@ -28,7 +28,12 @@ def space(recipe: Values, stage: str = "") -> Space:
         },
         changes=lambda values: _changes(name, subsets, values),
         baselines={"hand-set": {}},
+        in_parameters=lambda values: values or _own(recipe["stages"][name]),
     )
+
+
+def _own(stage: Values) -> Values:
+    return {**stage["objective"]["adversarial"], **stage["discriminator"], "layers": "all"}
 
 
 def _is_adversarial(stage: Values) -> bool:

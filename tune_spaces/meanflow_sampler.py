@@ -21,7 +21,14 @@ def space(recipe: Values, stage: str = "") -> Space:
         },
         changes=lambda values: _changes(name, values),
         baselines={"hand-set": {}},
+        in_parameters=lambda values: values or _own(recipe["stages"][name]["objective"]),
     )
+
+
+def _own(objective: Values) -> Values:
+    left = 1 - objective["equal_share"]
+    times = {f"times.{key}": value for key, value in objective["times"].items()}
+    return {**objective, **times, "full_part": objective["full_share"] / left if left else 0.0}
 
 
 def _changes(stage: str, values: Values) -> Changes:

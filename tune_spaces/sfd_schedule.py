@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hd_core.schedules import Places, arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial
+from hd_core.schedules import Places, arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial, to_gaps
 from hd_core.times import GridConfig
 from hd_core.types import Condition, Grid, Images, Velocity
 from tune_spaces.space import Changes, Choice, Distribution, Space, Uniform, Values, first_stage
@@ -59,6 +59,7 @@ def space(recipe: Values, stage: str = "") -> Space:
         },
         from_trajectories=partial(programmed, calls),
         alone=lambda values: values.get("teacher_steps", STORED) != STORED,
+        in_parameters=partial(_in_parameters, calls),
     )
 
 
@@ -104,6 +105,15 @@ def places_of(values: Values, calls: int, points: int) -> Places:
         return list(values["places"])
     steps = calls + values["afs"]
     return from_gaps([values[f"gap_{i}"] for i in range(steps)], points - values["tail"])
+
+
+def _in_parameters(calls: int, values: Values) -> Values:
+    """Places, as a draw of gaps; what such a draw leaves open is the first of its choices."""
+    if "places" not in values:
+        return values
+    gaps = [*to_gaps(values["places"]), *[0.0] * (calls + 1)][: calls + 1]
+    named = {f"gap_{i}": gap for i, gap in enumerate(gaps)}
+    return {**named, "tail": 0, "afs": values["afs"], "teacher_steps": STORED, "teacher_solver": SOLVERS[0]}
 
 
 def _changes(stage: str, calls: int, stored: Grid, values: Values) -> Changes:

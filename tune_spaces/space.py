@@ -30,6 +30,10 @@ class Uniform:
         if self.log and self.low <= 0:
             raise ValueError(f"a logarithmic range lies above 0; given {self.low:g}")
 
+    def contains(self, value: Any) -> bool:
+        """Whether it may be drawn."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
     def draw(self, chance: Random) -> float:
         """A value by chance alone."""
         if self.log:
@@ -48,6 +52,10 @@ class Integer:
         if not self.low < self.high:
             raise ValueError(f"a range needs low below high; given {self.low} and {self.high}")
 
+    def contains(self, value: Any) -> bool:
+        """Whether it may be drawn."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
     def draw(self, chance: Random) -> int:
         """A value by chance alone."""
         return chance.randint(self.low, self.high)
@@ -62,6 +70,10 @@ class Choice:
     def __post_init__(self) -> None:
         if len(self.values) < 2:
             raise ValueError(f"a choice needs at least two values; given {list(self.values)}")
+
+    def contains(self, value: Any) -> bool:
+        """Whether it may be drawn."""
+        return value in self.values
 
     def draw(self, chance: Random) -> Any:
         """A value by chance alone."""
@@ -88,6 +100,14 @@ class Space:
     """Further baselines, found on some of the teacher's trajectories that are stored."""
     alone: Callable[[Values], bool] = lambda values: False
     """Whether a draw needs trajectories that no other needs: they are not kept."""
+    in_parameters: Callable[[Values], Values] = lambda values: values
+    """A baseline in the words of the parameters, so that a sampler can learn from it."""
+
+    def as_draw(self, baseline: Values) -> dict[str, Any] | None:
+        """The draw that a baseline would have been; ``None`` where it lies outside of what is searched."""
+        values = self.in_parameters(baseline)
+        allowed = all(name in values and one.contains(values[name]) for name, one in self.parameters.items())
+        return {name: values[name] for name in self.parameters} if allowed else None
 
     def draw(self, seed: str) -> dict[str, Any]:
         """Every parameter by chance alone, from a seed."""

@@ -10,8 +10,14 @@ from pipelines.tuning.work import Work
 from tune_spaces.space import Distribution, Integer, Uniform
 
 
-def make_searcher(work: Work, config: SearchConfig, unfinished: Sequence[Trial], ended: Sequence[Trial]) -> Any:
-    """Optuna, told of every trial that has ended, which begins with those that were interrupted."""
+def make_searcher(
+    work: Work,
+    config: SearchConfig,
+    unfinished: Sequence[Trial],
+    ended: Sequence[Trial],
+    baselines: Sequence[Trial] = (),
+) -> Any:
+    """Optuna, told of baselines and of every trial that has ended, which begins with those that were interrupted."""
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -24,7 +30,7 @@ def make_searcher(work: Work, config: SearchConfig, unfinished: Sequence[Trial],
         sampler=_sampler(config.sampler, config.seed + len(ended)),  # else it would repeat its first draws
         points_to_evaluate=[words(work, trial.values) for trial in unfinished] or None,
     )
-    for trial in ended:
+    for trial in [*baselines, *ended]:
         searcher.add_evaluated_point(words(work, trial.values), work.worst if trial.score is None else trial.score)
     return searcher
 

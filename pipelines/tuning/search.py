@@ -9,6 +9,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -78,18 +79,27 @@ def perform_all(work: Work, trials: Sequence[Trial], rooms: Rooms, done: Done, u
 def search(work: Work, config: SearchConfig, known: Sequence[Trial], rooms: Rooms, done: Done) -> None:
     """Draw and perform trials until there are as many as are asked for; ``known`` are those of earlier sessions.
 
-    The sampler knows what it has drawn and nothing else, so that it can be held against baselines and chance.
+    The sampler learns from what it has drawn and from the baselines its parameters can say; not from chance, which
+    it is held against.
     """
     own = [trial for trial in known if trial.kind == "search"]
     ended = [trial for trial in own if trial.is_over]
     if len(ended) >= config.num_trials:
         return
+    unfinished = [trial for trial in own if not trial.is_over]
     asked = {
-        "search_alg": make_searcher(work, config, [trial for trial in own if not trial.is_over], ended),
+        "search_alg": make_searcher(work, config, unfinished, ended, baselines_as_draws(work, known)),
         "scheduler": make_scheduler(work, config, ended),
         "num_samples": config.num_trials - len(ended),
     }
     _fit(work, rooms, partial(trial_drawn, work), done, {}, asked)
+
+
+def baselines_as_draws(work: Work, known: Sequence[Trial]) -> list[Trial]:
+    """The baselines that have a score, each as the draw that it would have been."""
+    scored = [trial for trial in known if trial.kind == "baseline" and trial.state == "done"]
+    said = [(trial, work.space.as_draw(trial.values)) for trial in scored]
+    return [replace(trial, values=values) for trial, values in said if values is not None]
 
 
 def trial_drawn(work: Work, config: Mapping[str, Any]) -> Trial:

@@ -67,7 +67,15 @@ def _of_file(path: Path, recipe: Recipe, asked: str) -> Space:
         parameters={key: _distribution(path, key, given) for key, given in parameters.items()},
         changes=dict,
         baselines={"hand-set": {}},
+        in_parameters=lambda given: given or {key: _field(recipe, key) for key in parameters},
     )
+
+
+def _field(recipe: Recipe, key: str) -> Any:
+    found: Any = recipe.to_dict()
+    for part in key.split("."):
+        found = found[part]
+    return found
 
 
 def _distribution(path: Path, key: str, given: Any) -> Distribution:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hd_core.schedules import arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial
+from hd_core.schedules import arctan, euler_costs, from_gaps, gits, log_snr, nearest, oss, polynomial, to_gaps
 from hd_core.solvers import euler, heun, last
 from hd_core.times import GridConfig
 from hd_core.types import Condition
@@ -22,6 +22,13 @@ def test_any_gaps_give_a_choice(gaps: list[float], intervals: int):
     places = from_gaps(gaps, intervals + 1)
     assert places[0] == 0 and places[-1] == intervals and len(places) == len(gaps) + 1
     assert all(after > before for before, after in pairwise(places))
+
+
+@given(places=st.sets(st.integers(1, 47), min_size=1, max_size=6))
+def test_a_choice_has_gaps_that_give_it_again(places: set[int]):
+    gaps = to_gaps([0, *sorted(places), 48])
+    assert from_gaps(gaps, 49) == [0, *sorted(places), 48]
+    assert max(gaps) == pytest.approx(-min(gaps))
 
 
 def test_gaps_are_shares_of_the_fine_grid():

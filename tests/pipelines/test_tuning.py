@@ -268,6 +268,8 @@ def test_a_space_of_ones_own(tmp_path: Path):
         BATCH: Integer(low=4, high=16),
         "stages.sfd_2.student.kind": Choice(values=["full", "lora"]),
     }
+    rate = recipe.stages["sfd_2"].optimizers.student.learning_rate
+    assert space.in_parameters({}) == {RATE: rate, BATCH: 16, "stages.sfd_2.student.kind": "full"}
 
 
 @pytest.mark.parametrize(
@@ -330,6 +332,19 @@ def test_a_search_that_goes_on_begins_with_what_was_interrupted_and_knows_what_h
     assert [(one.params[RATE], one.value) for one in known] == [(one.values[RATE], one.score) for one in over]
     fresh = samplers.make_searcher(work, SearchConfig(seed=3), [], [])
     assert searcher.suggest("c")[RATE] != fresh.suggest("a")[RATE]  # it does not draw its first ones again
+
+
+def test_a_search_learns_from_baselines_that_its_parameters_can_say(tmp_path: Path):
+    work = work_of(tmp_path)
+    scored = [ended(work, 10 ** -(2 + number / 10), 5.0 + number) for number in range(2)]
+    said = [dataclasses.replace(one, kind="baseline") for one in scored]
+    unsaid = dataclasses.replace(said[0], values={"places": [0, 1]})
+    failed = dataclasses.replace(said[0], state="failed")
+    chance = dataclasses.replace(said[0], kind="random")
+    told = searching.baselines_as_draws(work, [*said, unsaid, failed, chance])
+    assert told == said
+    searcher = samplers.make_searcher(work, SearchConfig(seed=3), [], [ended(work, 1e-3, 4.0)], told)
+    assert [one.value for one in searcher._ot_study.trials] == [5.0, 6.0, 4.0]
 
 
 def test_a_search_by_tpe_finds_what_is_good(tmp_path: Path):
