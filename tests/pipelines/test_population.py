@@ -123,7 +123,7 @@ def test_numbers_move_within_their_ranges_by_steps_or_anywhere(tmp_path: Path):
     values = {**model.values, RATE: 1e-3, MOVES: 2, "objective.tau_power": 1.45, "ema_decay": 0.9}
     model = replace(model, values=values, changes=work.space.overrides(values))
     seen: dict[str, set[Any]] = {name: set() for name in parameters}
-    for seed in range(200):
+    for seed in range(110):
         copy, _ = Population(work, 2, seed).next([model, replace(model, points=[[2, 9.0]])], 2)[1]
         for name, value in copy.values.items():
             seen[name].add(value)
