@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from pipelines.figures import LIGHT, Theme
@@ -240,6 +240,23 @@ def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -
         axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.tick_params(labelsize=8)
+
+
+def mark_values(axes: Axes) -> None:
+    """Three to six plain numbers on the axis of values, be it linear or logarithmic."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(_marks(math.log10(high / low) if axes.get_yscale() == "log" else 0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _marks(decades: float) -> Locator:
+    """Where they are on an axis over some powers of ten, 0 for a linear one."""
+    if decades < 0.8:
+        return MaxNLocator(4, steps=[1, 2, 5, 10])
+    if decades < 2.5:
+        return LogLocator(subs=(1, 2, 5) if decades < 1.4 else (1, 3))
+    return LogLocator(numticks=5)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

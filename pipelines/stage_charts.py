@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from pipelines.charts import curve, running_mean, style, to_png
+from pipelines.charts import curve, mark_values, running_mean, style, to_png
 from pipelines.figures import LIGHT, Theme
 
 Records = Sequence[Mapping[str, float]]
@@ -211,21 +211,10 @@ def _set_axis(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.tick_params(labelsize=8)
     axes.set_yscale("log" if panel.log else "linear")
-    low, high = axes.get_ylim()
     if panel.range:
+        low, high = axes.get_ylim()
         axes.set_ylim(min(low, panel.range[0]), max(high, panel.range[1]))
-    axes.yaxis.set_major_locator(_ticks(math.log10(high / low) if panel.log else 0))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _ticks(decades: float) -> Locator:
-    """Three to six ticks for an axis over some powers of ten, 0 for a linear one."""
-    if decades < 0.8:
-        return MaxNLocator(4, steps=[1, 2, 5, 10])
-    if decades < 2.5:
-        return LogLocator(subs=(1, 2, 5) if decades < 1.4 else (1, 3))
-    return LogLocator(numticks=5)
+    mark_values(axes)
 
 
 def _title(axes: Axes, panel: Panel, records: Records, theme: Theme) -> str:

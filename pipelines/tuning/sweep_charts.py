@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipelines.charts import style, to_png
+from pipelines.charts import mark_values, style, to_png
 from pipelines.figures import LIGHT, Theme
 from pipelines.tuning.results import HAND_SET, Finalist, Interval
 from pipelines.tuning.trial import Trial
@@ -21,6 +21,8 @@ from tune_spaces.space import Choice, Distribution, Uniform
 
 _KINDS = {"search": "o", "random": "^"}
 _COLOURS = "viridis_r"
+_SPREAD = 3.0
+"""How many times the least score the greatest is where an axis becomes logarithmic."""
 
 
 def history(trials: Sequence[Trial], metric: str, mode: str, *, theme: Theme = LIGHT) -> bytes:
@@ -34,6 +36,7 @@ def history(trials: Sequence[Trial], metric: str, mode: str, *, theme: Theme = L
         own = next((one.score for one in trials if HAND_SET in one.name.split(" = ")), None)
         if own is not None:
             axes.axhline(own, color=theme.muted, linestyle=(0, (2, 2)), linewidth=1.2, label="the recipe as it is")
+        _scale(axes, [score for one in trials if (score := one.score) is not None])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=9)
         return to_png(figure)
@@ -55,7 +58,8 @@ def _draw_history(axes: Axes, trials: Sequence[Trial], mode: str, marker: str, c
 def population_paths(trials: Sequence[Trial], metric: str, mode: Mode, *, theme: Theme = LIGHT) -> bytes:
     """A PNG of the scores of a population from rung to rung; a copy's path leaves that of the trial which it copies.
 
-    The path of the one that ends best stands out, with those that it comes from.
+    The path of the one that ends best stands out, with those that it comes from. What did far worse than the others is
+    at the edge, with its score.
     """
     known = {one.key: one for one in trials if one.kind == "search" and one.points}
     ends = [one for one in known.values() if one.state == "done"]
@@ -63,20 +67,47 @@ def population_paths(trials: Sequence[Trial], metric: str, mode: Mode, *, theme:
     with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         axes = figure.add_subplot(xlabel="iteration", ylabel=metric)
+        axes.set_ylim(*_window([score for one in known.values() for _, score in one.points], mode))
         for one in known.values():
             until = line.get(one.key, -1.0)
             _draw_path(axes, [point for point in one.points if point[0] >= one.since], theme.muted, 0.55)
             _draw_path(axes, [point for point in one.points if one.since <= point[0] <= until], theme.students[0], 1.0)
-            if one.state == "stopped":
-                axes.plot(*one.points[-1], "x", color=theme.muted, markersize=6)
             if one.parent:
                 axes.plot(one.since, next(score for at, score in one.points if at == one.since), "o", color=theme.ink)
+        _draw_ends(axes, [one.points[-1] for one in known.values() if one.state == "stopped"], theme.muted)
         axes.plot([], [], color=theme.students[0], label="the best, and what it comes from")
         axes.plot([], [], "o", color=theme.ink, linestyle="none", label="copied, with other numbers")
         axes.plot([], [], "x", color=theme.muted, linestyle="none", label="replaced")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=9)
         return to_png(figure)
+
+
+def _window(scores: Sequence[float], mode: Mode) -> tuple[float, float]:
+    """The heights that hold all scores but the worst seventh."""
+    low, high = np.quantile(scores, (0, 6 / 7) if mode == "min" else (1 / 7, 1))
+    edge = 0.08 * float(high - low) or 1.0
+    return float(low) - edge, float(high) + edge
+
+
+def _draw_ends(axes: Axes, points: Sequence[Sequence[float]], colour: str) -> None:
+    """A cross for each; beyond an edge one at the edge for all of a step, with their scores beside it."""
+    beyond = dict[tuple[float, float], list[float]]()
+    for step, score in points:
+        height = float(np.clip(score, *axes.get_ylim()))
+        axes.plot(step, height, "x", color=colour, markersize=6, clip_on=False)
+        if height != score:
+            beyond.setdefault((step, height), []).append(score)
+    for place, scores in beyond.items():
+        text = ", ".join(f"{score:.3g}" for score in sorted(scores))
+        axes.annotate(text, place, (6, -3), textcoords="offset points", color=colour, fontsize=8)
+
+
+def _scale(axes: Axes, scores: Sequence[float]) -> None:
+    """Logarithmic, where a few bad scores would leave no height to the others."""
+    if scores and 0 < _SPREAD * min(scores) < max(scores):
+        axes.set_yscale("log")
+    mark_values(axes)
 
 
 def _ancestors(one: Trial, known: Mapping[str, Trial]) -> dict[str, float]:
