@@ -243,11 +243,15 @@ class Sweep:
     # Who watches
 
     def _watcher(self, title: str, total: int, show: Any, ended: int = 0) -> Any:
-        count = ended
-        scores = [one.score for one in stored_trials(self.folder) if one.kind != "final" and one.score is not None]
+        count, there = ended, stored_trials(self.folder)
+        scores = [one.score for one in there if one.kind != "final" and one.score is not None]
+        over = {one.key for one in there if one.is_over}
 
         def done(trial: Trial) -> None:
             nonlocal count
+            if trial.key in over:  # drawn again: it has only been read
+                return
+            over.add(trial.key)
             count += 1
             show(count)
             self._times.save()

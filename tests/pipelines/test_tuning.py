@@ -1,6 +1,7 @@
 """Sweeps: what a trial is, how it goes on, who is told of it, and how its result is judged."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -29,8 +30,9 @@ from pipelines.tuning.samplers import words
 from pipelines.tuning.search import Stopped
 from pipelines.tuning.sharing import prepare
 from pipelines.tuning.spaces import find_space
-from pipelines.tuning.sweep import SweepConfig
+from pipelines.tuning.sweep import Sweep, SweepConfig
 from pipelines.tuning.sweep_report import SweepReport, costs_of
+from pipelines.tuning.times import Times
 from pipelines.tuning.training import TrialRun
 from pipelines.tuning.trial import Trial, TrialFile, stored, stored_trials
 from pipelines.tuning.work import METRICS, Work
@@ -638,6 +640,19 @@ def test_trials_may_train_in_workers_of_their_own(tmp_path: Path):
     assert trial.state == "done" and [int(step) for step, _ in trial.points] == [2, 4], trial.mistake
     here = perform(work_of(tmp_path / "here", rungs=2), trial_of(work), Ears())
     assert trial.points == [pytest.approx(point, rel=1e-4) for point in here.points]
+
+
+def test_a_draw_that_was_drawn_before_is_not_counted_again(tmp_path: Path):
+    work, said = work_of(tmp_path), io.StringIO()
+    sweep = Sweep(work, "own", SweepConfig(), Console(file=said, width=200))
+    sweep._times = Times(work.sweep)
+    before, new = ended(work, 1e-3, 5.0), ended(work, 2e-3, 4.0)
+    TrialFile(work.sweep, before).write(state="done")
+    counts: list[int] = []
+    done = sweep._watcher("search", 3, counts.append, 1)
+    for trial in (before, new, new):
+        done(trial)
+    assert counts == [2] and said.getvalue().splitlines() == [f"  search 2/3  {new.key}  score 4, 0 s   best 4"]
 
 
 def test_more_slots_than_there_is_room_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
