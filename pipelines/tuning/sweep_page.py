@@ -26,7 +26,7 @@ def _pictures(report: SweepReport, work: Work) -> list[Picture]:
     found = []
     if report.finalists:
         found.append(Picture.drawn("finalists", "Finalists", sweep_charts.finalist_intervals, report.finalists))
-    if work.pauses:
+    if work.pauses and any(one.kind == "search" and one.points for one in report.trials):
         found.append(Picture.drawn("population", "The population", sweep_charts.population_paths, *searched))
     elif drawn:
         found.append(Picture.drawn("history", "How the search went", sweep_charts.history, *searched))

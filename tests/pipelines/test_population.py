@@ -305,6 +305,26 @@ def test_a_search_that_is_over_is_only_read(whole: tuple[Work, SweepReport, Aske
     assert tree(work.sweep / "trials") == before
 
 
+def test_a_population_of_which_nothing_is_scored_has_its_page_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The recipe as it is was trained, and is what the sweep proposes."""
+    inline(monkeypatch)
+    healthy = sweeping.perform_all
+
+    def perform_all(work: Work, trials: list[Trial], rooms: Any, done: Any, until: int | None = None) -> None:
+        if trials[0].kind != "search":
+            return healthy(work, trials, rooms, done, until)
+        for trial in trials:
+            done(TrialFile(work.sweep, trial).write(state="failed", mistake="it burst"))
+
+    monkeypatch.setattr(sweeping, "perform_all", perform_all)
+    work = work_of(tmp_path, rungs=2)
+    assert sweep_of(work).execute().winner.name == "hand-set"
+    assert "it burst" in (work.sweep / "sweep.html").read_text()
+    assert not (work.sweep / "figures" / "population.png").exists()
+
+
 def test_what_a_store_missed_that_was_away_reaches_it_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It is there at the start, dies between two rungs, and is back when the command is given again."""
     inline(monkeypatch)
