@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.artifacts import flatten
 from pipelines.mistakes import nearest
 from pipelines.recipe import Recipe, override, read_yaml
 from pipelines.tuning.work import chained
@@ -62,20 +63,14 @@ def _of_file(path: Path, recipe: Recipe, asked: str) -> Space:
     parameters: Mapping[str, Any] = values["parameters"]
     stage = asked or str(values.get("stage") or "") or list(recipe.stages)[-1]
     recipe.require_stage(stage)
+    own = flatten(recipe.to_dict())
     return Space(
         stage=stage,
         parameters={key: _distribution(path, key, given) for key, given in parameters.items()},
         changes=dict,
         baselines={"hand-set": {}},
-        in_parameters=lambda given: given or {key: _field(recipe, key) for key in parameters},
+        in_parameters=lambda given: given or {key: own[key] for key in parameters if key in own},
     )
-
-
-def _field(recipe: Recipe, key: str) -> Any:
-    found: Any = recipe.to_dict()
-    for part in key.split("."):
-        found = found[part]
-    return found
 
 
 def _distribution(path: Path, key: str, given: Any) -> Distribution:
